@@ -1,0 +1,431 @@
+//! The machine as data: what a person can ask for, and nothing else.
+//!
+//! One type serves the command line, `--config FILE` and (later) a snapshot's manifest; its documentation is the help
+//! text. Invariant: a `Config` is dumb. It checks the form of each value, never whether values fit together; that is
+//! the work of `load::settle` and of the layout.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The machine to build and how to run it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Guest RAM: bytes, or a number with K, M or G (powers of 1024); a multiple of the page size [default: 512M]
+    #[arg(long, value_name = "SIZE", help_heading = "Machine", required = false)]
+    pub memory: Size,
+    /// Number of virtual CPUs [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Machine", required = false)]
+    pub cpus: u32,
+    /// The machine's name [default: bantam-PID]
+    #[arg(long, value_name = "NAME", help_heading = "Machine")]
+    pub name: Option<String>,
+    /// Back guest RAM with huge pages (2 MiB; the host must have some free)
+    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Machine", required = false)]
+    pub hugepages: bool,
+    /// Interrupt controllers: `none` (HLT ends the machine; default for a flat guest with one CPU), `kernel` (KVM's own;
+    /// default for everything else) or `split` (not yet)
+    #[arg(long, value_name = "WHERE", help_heading = "Machine")]
+    pub irqchip: Option<IrqChip>,
+    /// Guest-physical address of the first byte of RAM [default: where the architecture has it]
+    #[arg(long, value_name = "ADDR", help_heading = "Machine")]
+    pub ram_base: Option<Addr>,
+
+    /// Where a flat guest is loaded [default: 0x1000 on x86-64]
+    #[arg(long, value_name = "ADDR", help_heading = "Guest")]
+    pub load_at: Option<Addr>,
+    /// Where a flat guest is entered: an address, or SEG:OFF in real mode [default: where it is loaded]
+    #[arg(long, value_name = "ADDR", help_heading = "Guest")]
+    pub entry: Option<Entry>,
+    /// The CPU mode a flat guest is entered in [default: real]
+    #[arg(long, value_name = "MODE", help_heading = "Guest")]
+    pub cpu_mode: Option<CpuMode>,
+    /// Set a register before entry, as in rax=2 (repeatable); registers that nothing sets are 0
+    #[arg(long, value_name = "NAME=VALUE", help_heading = "Guest", required = false)]
+    pub reg: Vec<RegValue>,
+    /// A file handed to the guest: a multiboot module, repeatable (Linux's initial RAM disk is not yet)
+    #[arg(long, value_name = "FILE", help_heading = "Guest", required = false)]
+    pub initrd: Vec<PathBuf>,
+    /// The guest's command line
+    #[arg(long, value_name = "TEXT", help_heading = "Guest")]
+    pub cmdline: Option<String>,
+
+    /// What the serial port is connected to: stdio, none, file:PATH or unix:PATH [default: stdio]
+    #[arg(long, value_name = "TO", help_heading = "Input and output", required = false)]
+    pub serial: Serial,
+    /// A byte-wide output register at a port or an address (pio:ADDR or mmio:ADDR); without a value: pio:0xe9
+    #[arg(long, value_name = "WHERE", num_args = 0..=1, default_missing_value = "pio:0xe9", help_heading = "Input and output")]
+    pub debugcon: Option<DebugConsole>,
+
+    /// End the machine with status 0 once the guest has written TEXT to a console
+    #[arg(long, value_name = "TEXT", help_heading = "Life")]
+    pub until: Option<String>,
+    /// End the machine with status 124 after this many seconds (fractions allowed)
+    #[arg(long, value_name = "SECONDS", help_heading = "Life")]
+    pub timeout: Option<Seconds>,
+    /// End the machine with status 124 after this many exits of all CPUs
+    #[arg(long, value_name = "N", help_heading = "Life")]
+    pub max_exits: Option<u64>,
+    /// A reset starts the machine anew; without it a reset ends it
+    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Life", required = false)]
+    pub reboot: bool,
+
+    /// Print one line for each exit to stderr, or to FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-", help_heading = "Looking in")]
+    pub trace: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            memory: Size(512 << 20),
+            cpus: 1,
+            name: None,
+            hugepages: false,
+            irqchip: None,
+            ram_base: None,
+            load_at: None,
+            entry: None,
+            cpu_mode: None,
+            reg: Vec::new(),
+            initrd: Vec::new(),
+            cmdline: None,
+            serial: Serial::Stdio,
+            debugcon: None,
+            until: None,
+            timeout: None,
+            max_exits: None,
+            reboot: false,
+            trace: None,
+        }
+    }
+}
+
+/// Where the interrupt controllers live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum IrqChip {
+    /// There are none: a CPU that halts has nothing to wake it.
+    None,
+    /// In KVM.
+    Kernel,
+    /// Local APICs in KVM, the rest in Bantam (not yet).
+    Split,
+}
+
+/// The processor mode a flat guest starts in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum CpuMode {
+    /// 16-bit real mode.
+    Real,
+    /// 32-bit protected mode, flat segments, no paging.
+    Protected,
+    /// 64-bit mode, identity-mapped.
+    Long,
+}
+
+impl fmt::Display for CpuMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Real => "real",
+            Self::Protected => "protected",
+            Self::Long => "long",
+        })
+    }
+}
+
+/// Reads a number: decimal, or hexadecimal after `0x`.
+pub fn number(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+    let parsed = match digits {
+        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16),
+        None if !text.starts_with('+') => text.parse(),
+        _ => return Err(format!("{text:?} is not a number")),
+    };
+    parsed.map_err(|e| match e.kind() {
+        std::num::IntErrorKind::PosOverflow => format!("{text:?} does not fit in 64 bits"),
+        _ => format!("{text:?} is not a number (decimal, or hexadecimal after 0x)"),
+    })
+}
+
+/// Gives a type serde by way of its words, so that a configuration file and the command line say the same.
+macro_rules! serde_as_text {
+    ($($name:ty),*) => {$(
+        impl Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+                s.collect_str(self)
+            }
+        }
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                #[derive(Deserialize)]
+                #[serde(untagged)]
+                enum Word { Number(u64), Fraction(f64), Text(String) }
+                let text = match Word::deserialize(d)? {
+                    Word::Number(n) => n.to_string(),
+                    Word::Fraction(f) => f.to_string(),
+                    Word::Text(t) => t,
+                };
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    )*};
+}
+serde_as_text!(Size, Addr, Entry, RegValue, Serial, DebugConsole, Seconds);
+
+/// A number of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (digits, shift) = match text.as_bytes().last() {
+            Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+            Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+            Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+            _ => (text, 0),
+        };
+        let bytes = number(digits)?.checked_mul(1 << shift);
+        bytes.map(Self).ok_or_else(|| format!("{text:?} does not fit in 64 bits"))
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            n if n == 0 || n % 1024 != 0 => write!(f, "{n}"),
+            n if n % (1 << 30) == 0 => write!(f, "{}G", n >> 30),
+            n if n % (1 << 20) == 0 => write!(f, "{}M", n >> 20),
+            n => write!(f, "{}K", n >> 10),
+        }
+    }
+}
+
+/// A guest-physical address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Addr(pub u64);
+
+impl FromStr for Addr {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        number(text).map(Self)
+    }
+}
+
+impl fmt::Display for Addr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// Where a flat guest is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// A linear address.
+    Linear(u64),
+    /// Real mode: cs is the segment, its base 16 times that, and rip the offset.
+    Far(u16, u16),
+}
+
+impl FromStr for Entry {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let word = |t: &str| u16::try_from(number(t)?).map_err(|_| format!("{t:?} does not fit in 16 bits"));
+        match text.split_once(':') {
+            Some((segment, offset)) => Ok(Self::Far(word(segment)?, word(offset)?)),
+            None => number(text).map(Self::Linear),
+        }
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Linear(address) => write!(f, "{address:#x}"),
+            Self::Far(segment, offset) => write!(f, "{segment:#x}:{offset:#x}"),
+        }
+    }
+}
+
+/// A register and the value it gets before entry. Which names exist is the architecture's to say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegValue {
+    /// The register's name, in lower case.
+    pub name: String,
+    /// Its value.
+    pub value: u64,
+}
+
+impl FromStr for RegValue {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=VALUE"))?;
+        Ok(Self { name: name.to_ascii_lowercase(), value: number(value)? })
+    }
+}
+
+impl fmt::Display for RegValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={:#x}", self.name, self.value)
+    }
+}
+
+/// What the serial port is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Serial {
+    /// Bantam's own standard input and output.
+    Stdio,
+    /// Nothing.
+    None,
+    /// A file that receives the output.
+    File(PathBuf),
+    /// A Unix socket that one client at a time connects to.
+    Unix(PathBuf),
+}
+
+impl FromStr for Serial {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.split_once(':')) {
+            ("stdio", _) => Ok(Self::Stdio),
+            ("none", _) => Ok(Self::None),
+            (_, Some(("file", path))) if !path.is_empty() => Ok(Self::File(path.into())),
+            (_, Some(("unix", path))) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(format!("{text:?} is not stdio, none, file:PATH or unix:PATH")),
+        }
+    }
+}
+
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::None => f.write_str("none"),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// An address space of the guest that devices live in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Space {
+    /// Port I/O (x86).
+    Pio,
+    /// Memory-mapped I/O.
+    Mmio,
+}
+
+/// Where the debug console's register lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DebugConsole {
+    /// Ports or memory.
+    pub space: Space,
+    /// The register's address.
+    pub addr: u64,
+}
+
+impl FromStr for DebugConsole {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("pio", port)) => {
+                let addr = number(port)?;
+                match addr {
+                    0..=0xffff => Ok(Self { space: Space::Pio, addr }),
+                    _ => Err(format!("port {addr:#x} is over 0xffff")),
+                }
+            }
+            Some(("mmio", addr)) => Ok(Self { space: Space::Mmio, addr: number(addr)? }),
+            _ => Err(format!("{text:?} is not pio:ADDR or mmio:ADDR")),
+        }
+    }
+}
+
+impl fmt::Display for DebugConsole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let space = if self.space == Space::Pio { "pio" } else { "mmio" };
+        write!(f, "{space}:{:#x}", self.addr)
+    }
+}
+
+/// A time span in seconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Seconds(pub std::time::Duration);
+
+impl FromStr for Seconds {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let seconds: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+        std::time::Duration::try_from_secs_f64(seconds)
+            .map(Self)
+            .map_err(|_| format!("{text:?} is not a possible time span"))
+    }
+}
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.as_secs_f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_take_hex_and_refuse_signs_and_overflow() {
+        assert_eq!(number("0x1000"), Ok(0x1000));
+        assert_eq!(number("4096"), Ok(4096));
+        for bad in ["", "0x", "+1", "0x+1", "-1", "1x", "99999999999999999999"] {
+            assert!(number(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_take_suffixes_and_plain_bytes() {
+        for (text, bytes) in [("4K", 4096), ("512M", 512 << 20), ("5G", 5 << 30), ("512000000", 512_000_000)] {
+            assert_eq!(text.parse(), Ok(Size(bytes)));
+        }
+        assert!("99999999999G".parse::<Size>().is_err());
+        assert!("".parse::<Size>().is_err());
+        assert!("é".parse::<Size>().is_err());
+    }
+
+    #[test]
+    fn every_word_reads_back_what_it_prints() {
+        fn both_ways<T: FromStr<Err = String> + fmt::Display + PartialEq + fmt::Debug>(texts: &[&str]) {
+            for text in texts {
+                let value: T = text.parse().unwrap();
+                assert_eq!(value.to_string().parse::<T>().unwrap(), value);
+            }
+        }
+        both_ways::<Size>(&["1", "4096", "4K", "0", "3M"]);
+        both_ways::<Entry>(&["0x1000", "0x1000:0", "7"]);
+        both_ways::<Serial>(&["stdio", "none", "file:/x", "unix:a:b"]);
+        both_ways::<DebugConsole>(&["pio:0xe9", "mmio:0x996"]);
+        both_ways::<RegValue>(&["rax=2", "x0=0x10"]);
+        both_ways::<Seconds>(&["0.25", "3"]);
+    }
+
+    #[test]
+    fn a_config_survives_toml() {
+        let config = Config {
+            entry: Some(Entry::Far(0x1000, 0)),
+            reg: vec!["rax=2".parse().unwrap()],
+            timeout: Some("1.5".parse().unwrap()),
+            debugcon: Some("mmio:0x996".parse().unwrap()),
+            ..Config::default()
+        };
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), config);
+        let toml: Config = toml::from_str("memory = \"1M\"\ncpus = 2\ntimeout = 3\nirqchip = \"kernel\"").unwrap();
+        assert_eq!((toml.memory, toml.cpus, toml.irqchip), (Size(1 << 20), 2, Some(IrqChip::Kernel)));
+        assert!(toml::from_str::<Config>("memroy = 1").is_err());
+    }
+}
