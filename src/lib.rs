@@ -12,10 +12,22 @@
 //! `machine::build` → run. ARCHITECTURE.md in the repository has the map and follows one exit from KVM to a device and back.
 
 pub mod arch;
+pub mod board;
 pub mod bus;
+pub mod check;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod console;
+pub mod device;
 pub mod error;
+pub mod event;
+pub mod host;
 pub mod irq;
+pub mod load;
+pub mod machine;
 pub mod memory;
+pub mod report;
+pub mod trace;
+pub mod vcpu;
+pub mod vm;
