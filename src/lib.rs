@@ -16,6 +16,7 @@ pub mod bus;
 pub mod clock;
 pub mod config;
 pub mod console;
+pub mod device;
 pub mod error;
 pub mod irq;
 pub mod memory;
