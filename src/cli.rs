@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::error::usage;
 
 /// What a person asked for.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub enum Command {
     /// Run the guest in a file.
     Run(PathBuf, Config),

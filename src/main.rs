@@ -26,7 +26,7 @@ fn main() -> ExitCode {
 fn carry_out() -> Result<u8> {
     match cli::parse(std::env::args_os())? {
         Command::Run(path, config) => run(Image::open(&path)?, &config),
-        Command::Example(guest, config) => run(Image::builtin(guest.name, guest.image), &config),
+        Command::Example(guest, config) => run(Image::builtin(guest.name, (guest.image)()), &config),
         Command::ListExamples => print(cli::list_examples().as_bytes()),
         Command::Inspect(path) => print(format!("{}", load::identify(Image::open(&path)?)?).as_bytes()),
         Command::Layout(config) => print(arch::layout(&config)?.to_string().as_bytes()),
