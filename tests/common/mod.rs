@@ -62,6 +62,13 @@ impl Outcome {
         self
     }
 
+    /// Stderr is empty.
+    #[track_caller]
+    pub fn said_nothing(&self) -> &Self {
+        assert_eq!(self.stderr, "");
+        self
+    }
+
     /// An error in the contract's form: `bantam: what: why`, at most a hint after it, nothing on stdout.
     #[track_caller]
     pub fn refused(&self, status: i32) -> &Self {
