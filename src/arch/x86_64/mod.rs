@@ -2,12 +2,14 @@
 
 pub mod boot;
 mod cpuid;
+mod entry;
 pub mod layout;
 mod registers;
 mod state;
 
 pub use boot::BootRegs;
 pub use cpuid::cpuid;
+pub use entry::{elf_mode, enter, linear_entry};
 pub use layout::{Layout, layout};
 pub use registers::set_register;
 pub use state::{CpuState, halted_for_good, interrupts_on, translate};
@@ -22,3 +24,9 @@ pub const SHUTDOWN: &str = "triple fault: an exception while the CPU was reporti
 pub const SYNC_REGS: i32 = 3;
 /// CPUs that 8-bit local APIC ids can name (Intel SDM vol. 3, "Local APIC ID"; 255 is broadcast).
 pub const MAX_CPUS: usize = 255;
+
+/// Where a flat guest is loaded unless its user says otherwise: clear of the real-mode vector table and BIOS data area.
+pub const FLAT_LOAD: u64 = 0x1000;
+
+/// The mode a flat guest is entered in unless its user says otherwise.
+pub const FLAT_MODE: crate::config::CpuMode = crate::config::CpuMode::Real;
