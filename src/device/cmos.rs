@@ -423,7 +423,9 @@ mod tests {
 
     #[test]
     fn nonsense_is_dropped() {
-        for (place, value) in [(0, 0xaa), (1, 0xff), (2, 0x13), (2, 0x00), (3, 0x30), (4, 0x24), (5, 0x60), (6, 0x5a)] {
+        for (place, value) in
+            [(0, 0xaa), (1, 0xff), (6, 0x1f), (2, 0x13), (2, 0x00), (3, 0x30), (4, 0x24), (5, 0x60), (6, 0x5a)]
+        {
             let mut device = now();
             let before = time(&mut device);
             let mut wrong = before;

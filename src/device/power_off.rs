@@ -116,4 +116,13 @@ mod tests {
         buses.read(Space::Pio, 0x604, 2, &mut data);
         assert_eq!(data, [0x01, 0x04]);
     }
+
+    #[test]
+    fn a_state_with_bits_that_never_stay_is_refused() {
+        for control in [SLP_EN, 1 << 2, 0x8000] {
+            let mut saved = PowerOff::default().save();
+            saved.state["control"] = control.into();
+            assert!(PowerOff::default().load(&saved).is_err(), "{control:#x}");
+        }
+    }
 }
