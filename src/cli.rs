@@ -112,7 +112,12 @@ fn command() -> clap::Command {
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
     let matches = match command().try_get_matches_from(words) {
         Ok(matches) => matches,
-        Err(e) if !e.use_stderr() => return Ok(Command::Print(e.render().ansi().to_string().into_bytes())),
+        Err(e) if !e.use_stderr() => {
+            let text = e.render();
+            let colours = std::io::IsTerminal::is_terminal(&std::io::stdout());
+            let text = if colours { text.ansi().to_string() } else { text.to_string() };
+            return Ok(Command::Print(text.into_bytes()));
+        }
         Err(e) => return Err(understandable(&e).into()),
     };
     let Some((verb, words)) = matches.subcommand() else { anyhow::bail!(usage("no command")) };

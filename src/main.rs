@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bantam::cli::{self, Command};
 use bantam::error::{status, verdict};
 use bantam::host::say::{print, say};
@@ -40,8 +40,7 @@ fn carry_out() -> Result<u8> {
 }
 
 fn run(image: Image, config: &bantam::config::Config) -> Result<u8> {
-    let name = image.name().to_owned();
-    let guest = load::identify(image).with_context(|| name.clone())?;
-    let config = load::settle(config, &guest).context(name)?;
+    let guest = load::identify(image)?;
+    let config = load::settle(config, &guest)?;
     Ok(machine::run(&config, &guest)?.status())
 }

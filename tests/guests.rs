@@ -140,7 +140,7 @@ fn a_halted_machine_ends_whatever_its_irqchip() {
     let second = std::time::Duration::from_secs(1);
     for words in ["--irqchip none", "--irqchip kernel", "--irqchip kernel --cpus 3"] {
         let outcome = test_guest("halt-off", words);
-        outcome.expect(0).said_nothing();
+        outcome.expect(0).never_said("hint");
         assert!(outcome.took < 2 * second, "{:?}", outcome.took);
     }
     let outcome = test_guest("smp-halt-off", "");
@@ -188,7 +188,8 @@ fn the_entry_states_are_as_documented() {
     for mode in ["protected", "long"] {
         let words = format!("--cpu-mode {mode} --memory 16M --trace");
         // mov ax, cs; out 0x10, ax; mov ax, ds; out; mov eax, esp; out 0x10, eax; hlt
-        let code = [0x66, 0x8c, 0xc8, 0x66, 0xe7, 0x10, 0x66, 0x8c, 0xd8, 0x66, 0xe7, 0x10, 0x89, 0xe0, 0xe7, 0x10, 0xf4];
+        let code =
+            [0x66, 0x8c, 0xc8, 0x66, 0xe7, 0x10, 0x66, 0x8c, 0xd8, 0x66, 0xe7, 0x10, 0x89, 0xe0, 0xe7, 0x10, 0xf4];
         let trace = run_bytes(&code, &words).expect(0).trace();
         assert_eq!(trace[0], "out 0x0010 ← 0x0008 (2 bytes, no device)");
         assert_eq!(trace[1], "out 0x0010 ← 0x0010 (2 bytes, no device)");

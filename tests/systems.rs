@@ -39,7 +39,8 @@ fn system_a_counts_from_its_published_start() {
     if std::env::var_os("BANTAM_HOST_IS_TCG").is_some() {
         return skipped("QEMU's TCG wraps IP at the end of a segment");
     }
-    let segments = "--reg ss=0x1000 --reg ds=0x1000 --reg es=0x1000 --reg fs=0x1000 --reg gs=0x1000 --reg rsp=0xffffffff";
+    let segments =
+        "--reg ss=0x1000 --reg ds=0x1000 --reg es=0x1000 --reg fs=0x1000 --reg gs=0x1000 --reg rsp=0xffffffff";
     let words = format!("--memory 512000000 --load-at 0 --entry 0x1000:0 {segments} --trace --max-exits 4");
     let outcome = run_bytes(COUNTER, &words);
     outcome.expect(124).printed("");
@@ -88,7 +89,15 @@ fn system_es_system_calls_are_in_check() {
     }
     let outcome = common::bantam("check").run();
     outcome.expect(0).said_nothing();
-    for line in ["API version", "12", "CPUs, recommended", "MSRs to save", "KVM_CAP_USER_MEMORY", "KVM_CAP_IRQCHIP", "machines can run here"] {
+    for line in [
+        "API version",
+        "12",
+        "CPUs, recommended",
+        "MSRs to save",
+        "KVM_CAP_USER_MEMORY",
+        "KVM_CAP_IRQCHIP",
+        "machines can run here",
+    ] {
         assert!(outcome.out().contains(line), "{line}");
     }
 }

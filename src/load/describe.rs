@@ -12,7 +12,8 @@ impl fmt::Display for Guest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "file: {}", self.image.name())?;
         writeln!(f, "size: {} bytes", self.image.len())?;
-        writeln!(f, "format: {}", self.format.name())?;
+        let format = self.format.name().split_once(' ').map_or("", |(_article, name)| name);
+        writeln!(f, "format: {format}")?;
         let Some(program) = self.format.program() else {
             writeln!(f, "architecture: not said by the file; taken for {}", arch::NAME)?;
             writeln!(f, "entry: where it is loaded ({:#x} unless --load-at), unless --entry", arch::FLAT_LOAD)?;

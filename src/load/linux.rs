@@ -14,7 +14,7 @@ fn at<const N: usize>(head: &[u8], offset: usize) -> Option<[u8; N]> {
 
 /// "Not yet", for an image this host's CPU could run.
 pub fn not_yet(what: &str) -> Refusal {
-    refuse(format!("this is {what}; Bantam does not start Linux yet"))
+    refuse(format!("this is {what}; starting Linux is not yet supported"))
         .hint("flat binaries, ELF and multiboot kernels run; see bantam example")
 }
 

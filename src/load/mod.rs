@@ -80,8 +80,8 @@ impl Format {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Flat => "a flat binary",
-            Self::Elf32(_) => "a 32-bit ELF",
-            Self::Elf64(_) => "a 64-bit ELF",
+            Self::Elf32(_) => "an ELF32 file",
+            Self::Elf64(_) => "an ELF64 file",
             Self::Multiboot1 { .. } => "a multiboot 1 kernel",
             Self::Multiboot2 { .. } => "a multiboot 2 kernel",
         }

@@ -271,7 +271,8 @@ pub fn kvm() -> bool {
 
 /// Whether a program is there.
 pub fn have(name: &str) -> bool {
-    let found = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).exists()));
+    let found =
+        std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).exists()));
     if !found {
         skipped(&format!("the program {name} is not installed"));
     }

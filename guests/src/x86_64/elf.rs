@@ -8,34 +8,77 @@
 macro_rules! hello_and_bss {
     ($name:literal, $bits:literal) => {
         concat!(
-            $name, "_start:
-            mov esi, offset ", $name, "_hello_at
-            mov ecx, offset ", $name, "_hello_size
+            $name,
+            "_start:
+            mov esi, offset ",
+            $name,
+            "_hello_at
+            mov ecx, offset ",
+            $name,
+            "_hello_size
             mov edx, 0x3f8
             rep outsb
             xor eax, eax
-            mov edi, offset ", $name, "_bss_at
+            mov edi, offset ",
+            $name,
+            "_bss_at
             mov ecx, 1024
             repe scasd                          // leaves the zero flag clear at the first that is not 0
-            mov esi, offset ", $name, "_clean_at
+            mov esi, offset ",
+            $name,
+            "_clean_at
             mov ecx, 12
-            je ", $name, "_tell
-            mov esi, offset ", $name, "_dirty_at
+            je ",
+            $name,
+            "_tell
+            mov esi, offset ",
+            $name,
+            "_dirty_at
             mov ecx, 16
-            ", $name, "_tell:
+            ",
+            $name,
+            "_tell:
             rep outsb
             cli
             hlt
-            ", $name, "_hello: .ascii \"Hello from a ", $bits, "-bit ELF file\\n\"
-            ", $name, "_clean: .ascii \"bss is zero\\n\"
-            ", $name, "_dirty: .ascii \"bss is not zero\\n\"
-            ", $name, "_bss:
+            ",
+            $name,
+            "_hello: .ascii \"Hello from a ",
+            $bits,
+            "-bit ELF file\\n\"
+            ",
+            $name,
+            "_clean: .ascii \"bss is zero\\n\"
+            ",
+            $name,
+            "_dirty: .ascii \"bss is not zero\\n\"
+            ",
+            $name,
+            "_bss:
             .fill 64, 1, 0xcc                   // in the file, but not of the segment
             .irp word, hello, clean, dirty, bss, start
-            .set ", $name, "_\\word\\()_at, ", $name, "_\\word - guest_", $name, " + 0x100000
+            .set ",
+            $name,
+            "_\\word\\()_at, ",
+            $name,
+            "_\\word - guest_",
+            $name,
+            " + 0x100000
             .endr
-            .set ", $name, "_hello_size, ", $name, "_clean - ", $name, "_hello
-            .set ", $name, "_file_size, ", $name, "_bss - guest_", $name, "
+            .set ",
+            $name,
+            "_hello_size, ",
+            $name,
+            "_clean - ",
+            $name,
+            "_hello
+            .set ",
+            $name,
+            "_file_size, ",
+            $name,
+            "_bss - guest_",
+            $name,
+            "
             "
         )
     };
@@ -95,8 +138,7 @@ mod tests {
 
     #[test]
     fn the_headers_say_what_is_in_the_file() {
-        for (image, entry, program, word, first_code) in
-            [(elf32(), 24, 52, 4, 52 + 32), (elf64(), 24, 64, 8, 64 + 56)]
+        for (image, entry, program, word, first_code) in [(elf32(), 24, 52, 4, 52 + 32), (elf64(), 24, 64, 8, 64 + 56)]
         {
             assert_eq!(image[..4], *b"\x7fELF");
             assert_eq!(number(image, entry, word), 0x10_0000 + first_code);

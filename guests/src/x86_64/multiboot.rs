@@ -8,67 +8,135 @@ macro_rules! talk {
     ($name:literal) => {
         concat!(
             ".irp word, wrong, magic, loader, line, memory, plus, type, module
-            .set ", $name, "_\\word\\()_at, ", $name, "_\\word - guest_", $name, " + 0x100000
+            .set ",
+            $name,
+            "_\\word\\()_at, ",
+            $name,
+            "_\\word - guest_",
+            $name,
+            " + 0x100000
             .endr
-            ", $name, "_say:                    // the string at esi; dx is the serial port
+            ",
+            $name,
+            "_say:                    // the string at esi; dx is the serial port
             lodsb
             test al, al
-            jz ", $name, "_said
+            jz ",
+            $name,
+            "_said
             out dx, al
-            jmp ", $name, "_say
+            jmp ",
+            $name,
+            "_say
 
-            ", $name, "_number:                 // the eight bytes at esi, in hexadecimal; clobbers ecx
+            ",
+            $name,
+            "_number:                 // the eight bytes at esi, in hexadecimal; clobbers ecx
             push ebx
             mov ecx, 8
-            ", $name, "_byte:
+            ",
+            $name,
+            "_byte:
             mov bl, byte ptr [esi + ecx - 1]
             mov al, bl
             shr al, 4
-            call ", $name, "_digit
+            call ",
+            $name,
+            "_digit
             mov al, bl
             and al, 15
-            call ", $name, "_digit
+            call ",
+            $name,
+            "_digit
             dec ecx
-            jnz ", $name, "_byte
+            jnz ",
+            $name,
+            "_byte
             pop ebx
-            ", $name, "_said:
+            ",
+            $name,
+            "_said:
             ret
 
-            ", $name, "_digit:
+            ",
+            $name,
+            "_digit:
             cmp al, 10
-            jb ", $name, "_decimal
+            jb ",
+            $name,
+            "_decimal
             add al, 'a' - '0' - 10
-            ", $name, "_decimal:
+            ",
+            $name,
+            "_decimal:
             add al, '0'
             out dx, al
             ret
 
-            ", $name, "_range:                  // the memory map's entry at edi: base, length, type
-            mov esi, offset ", $name, "_memory_at
-            call ", $name, "_say
+            ",
+            $name,
+            "_range:                  // the memory map's entry at edi: base, length, type
+            mov esi, offset ",
+            $name,
+            "_memory_at
+            call ",
+            $name,
+            "_say
             mov esi, edi
-            call ", $name, "_number
-            mov esi, offset ", $name, "_plus_at
-            call ", $name, "_say
+            call ",
+            $name,
+            "_number
+            mov esi, offset ",
+            $name,
+            "_plus_at
+            call ",
+            $name,
+            "_say
             lea esi, [edi + 8]
-            call ", $name, "_number
-            mov esi, offset ", $name, "_type_at
-            call ", $name, "_say
+            call ",
+            $name,
+            "_number
+            mov esi, offset ",
+            $name,
+            "_type_at
+            call ",
+            $name,
+            "_say
             mov al, byte ptr [edi + 16]
-            call ", $name, "_digit
-            ", $name, "_newline:
+            call ",
+            $name,
+            "_digit
+            ",
+            $name,
+            "_newline:
             mov al, 0x0a
             out dx, al
             ret
 
-            ", $name, "_wrong:  .asciz \"magic wrong\\n\"
-            ", $name, "_magic:  .asciz \"magic right\\n\"
-            ", $name, "_loader: .asciz \"loader: \"
-            ", $name, "_line:   .asciz \"command line: \"
-            ", $name, "_memory: .asciz \"memory: 0x\"
-            ", $name, "_plus:   .asciz \" + 0x\"
-            ", $name, "_type:   .asciz \", type \"
-            ", $name, "_module: .asciz \"module: \"
+            ",
+            $name,
+            "_wrong:  .asciz \"magic wrong\\n\"
+            ",
+            $name,
+            "_magic:  .asciz \"magic right\\n\"
+            ",
+            $name,
+            "_loader: .asciz \"loader: \"
+            ",
+            $name,
+            "_line:   .asciz \"command line: \"
+            ",
+            $name,
+            "_memory: .asciz \"memory: 0x\"
+            ",
+            $name,
+            "_plus:   .asciz \" + 0x\"
+            ",
+            $name,
+            "_type:   .asciz \", type \"
+            ",
+            $name,
+            "_module: .asciz \"module: \"
             "
         )
     };

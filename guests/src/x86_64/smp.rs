@@ -83,12 +83,28 @@ guest! {
 macro_rules! all_begin {
     ($name:literal) => {
         concat!(
-            ".set ", $name, "_first_at, ", $name, "_first - guest_", $name, " + 0x1000\n",
-            ".set ", $name, "_first_size, guest_", $name, "_end - ", $name, "_first\n",
+            ".set ",
+            $name,
+            "_first_at, ",
+            $name,
+            "_first - guest_",
+            $name,
+            " + 0x1000\n",
+            ".set ",
+            $name,
+            "_first_size, guest_",
+            $name,
+            "_end - ",
+            $name,
+            "_first\n",
             ".code32
-            mov esi, offset ", $name, "_first_at
+            mov esi, offset ",
+            $name,
+            "_first_at
             mov edi, 0x8000
-            mov ecx, offset ", $name, "_first_size
+            mov ecx, offset ",
+            $name,
+            "_first_size
             rep movsb
             mov ebx, 0xfee00000
             mov dword ptr [ebx + 0xf0], 0x1ff
