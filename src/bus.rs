@@ -8,7 +8,7 @@
 //! its own; a device is never called with another device's lock held.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 pub use crate::config::Space;
 
@@ -347,11 +347,17 @@ impl Buses {
         effects.into_iter().find(|effect| *effect != Effect::None).unwrap_or(Effect::None)
     }
 
-    /// Tells a device that the host has something for it.
-    pub fn service(&self, id: DeviceId) {
-        if let Some(device) = self.devices.get(id.0) {
-            lock(device).service();
+    /// Tells a device that the host has something for it. False where a vCPU is in the device at this moment: the
+    /// event loop must not wait for it, since the vCPU may be waiting for the event loop to write its output.
+    #[must_use]
+    pub fn service(&self, id: DeviceId) -> bool {
+        let Some(device) = self.devices.get(id.0) else { return true };
+        match device.try_lock() {
+            Ok(mut device) => device.service(),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().service(),
+            Err(TryLockError::WouldBlock) => return false,
         }
+        true
     }
 
     /// The names of the device and the register at an address.

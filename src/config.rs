@@ -24,7 +24,7 @@ pub struct Config {
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
     pub name: Option<String>,
     /// Back guest RAM with huge pages (2 MiB; the host must have some free)
-    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Machine", required = false)]
+    #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Machine", required = false)]
     pub hugepages: bool,
     /// Interrupt controllers: `none` (HLT ends the machine; default for a flat guest with one CPU), `kernel` (KVM's own;
     /// default for everything else) or `split` (not yet)
@@ -70,7 +70,7 @@ pub struct Config {
     #[arg(long, value_name = "N", help_heading = "Life")]
     pub max_exits: Option<u64>,
     /// A reset starts the machine anew; without it a reset ends it
-    #[arg(long, num_args = 0, default_missing_value = "true", help_heading = "Life", required = false)]
+    #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Life", required = false)]
     pub reboot: bool,
 
     /// Print one line for each exit to stderr, or to FILE

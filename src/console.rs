@@ -6,6 +6,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bus::Effect;
+use crate::host::input::Input;
+use crate::host::output::Output;
 
 /// The two directions of a character device, seen from the guest's side.
 pub trait Console: Send {
@@ -57,6 +59,34 @@ impl Until {
             self.matched = self.fallback.last().copied().unwrap_or(0);
         }
         complete
+    }
+}
+
+/// A console whose other end is on the host: output and input may each be missing.
+pub struct HostConsole {
+    /// Where the guest's bytes go.
+    pub output: Option<Output>,
+    /// Where bytes for the guest come from.
+    pub input: Option<Arc<Input>>,
+    /// Ends the machine, where asked for.
+    pub until: Option<Until>,
+}
+
+impl Console for HostConsole {
+    fn put(&mut self, byte: u8) -> Effect {
+        if let Some(output) = &self.output {
+            output.push(byte);
+        }
+        let seen = self.until.as_mut().is_some_and(|until| until.see(byte));
+        if seen { Effect::Until } else { Effect::None }
+    }
+
+    fn get(&mut self) -> Option<u8> {
+        self.input.as_ref()?.get()
+    }
+
+    fn hung_up(&self) -> bool {
+        self.input.as_ref().is_none_or(|input| input.hung_up())
     }
 }
 

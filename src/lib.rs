@@ -8,14 +8,26 @@
 //! 3. **Guest addresses are ABI.** A pure function of the configuration makes the map; golden tests pin it.
 //! 4. **The guest is an enemy.** What it does wrong is device behaviour, never an error, a panic or a loop of ours.
 //!
-//! The way through: words → [`config::Config`] → `load::settle` → [`arch::layout`] → [`memory::Memory`] →
+//! The way through: words → [`config::Config`] → [`load::settle`] → [`arch::layout`] → [`memory::Memory`] →
 //! `machine::build` → run. ARCHITECTURE.md in the repository has the map and follows one exit from KVM to a device and back.
 
 pub mod arch;
+pub mod board;
 pub mod bus;
+pub mod check;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod console;
+pub mod device;
 pub mod error;
+pub mod event;
+pub mod host;
 pub mod irq;
+pub mod load;
+pub mod machine;
 pub mod memory;
+pub mod report;
+pub mod trace;
+pub mod vcpu;
+pub mod vm;

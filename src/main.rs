@@ -1,1 +1,47 @@
-fn main() {}
+//! The command: words → configuration → machine → exit status.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use bantam::cli::{self, Command};
+use bantam::error::{status, verdict};
+use bantam::host::say::{print, say};
+use bantam::load::{self, Image};
+use bantam::{arch, check, host, machine};
+
+fn main() -> ExitCode {
+    host::guard();
+    let status = carry_out().unwrap_or_else(|error| {
+        host::terminal::restore();
+        say(&format!("bantam: {error:#}").replace('\n', " "));
+        let (status, hint) = verdict(&error);
+        if let Some(hint) = hint {
+            say(&format!("hint: {hint}"));
+        }
+        status
+    });
+    ExitCode::from(status)
+}
+
+fn carry_out() -> Result<u8> {
+    match cli::parse(std::env::args_os())? {
+        Command::Run(path, config) => run(Image::open(&path)?, &config),
+        Command::Example(guest, config) => run(Image::builtin(guest.name, (guest.image)()), &config),
+        Command::ListExamples => print(cli::list_examples().as_bytes()),
+        Command::Inspect(path) => print(format!("{}", load::identify(Image::open(&path)?)?).as_bytes()),
+        Command::Layout(config) => print(arch::layout(&config)?.to_string().as_bytes()),
+        Command::Print(text) => print(&text),
+        Command::Check => {
+            let (text, able) = check::check()?;
+            print(text.as_bytes())?;
+            return Ok(if able { 0 } else { status::HOST });
+        }
+    }
+}
+
+fn run(image: Image, config: &bantam::config::Config) -> Result<u8> {
+    let name = image.name().to_owned();
+    let guest = load::identify(image).with_context(|| name.clone())?;
+    let config = load::settle(config, &guest).context(name)?;
+    Ok(machine::run(&config, &guest)?.status())
+}

@@ -33,6 +33,10 @@ pub fn set_register(boot: &mut BootRegs, mode: CpuMode, reg: &RegValue) -> Resul
     if bits < 64 && value >> bits != 0 {
         return Err(too_wide(reg, bits));
     }
+    if full == 'i' && !can_point(mode, value) {
+        return Err(usage(format!("--reg {reg}: a CPU in {mode} mode cannot start there"))
+            .hint("below 4 GiB in real and protected mode, a canonical address in long mode"));
+    }
     let regs = &mut boot.regs;
     let slot = match full {
         'a' => &mut regs.rax,
@@ -62,6 +66,14 @@ pub fn set_register(boot: &mut BootRegs, mode: CpuMode, reg: &RegValue) -> Resul
     };
     *slot = value;
     Ok(())
+}
+
+/// A CPU can be entered with `rip` (SDM vol. 3, "Checks on Guest RIP, RFLAGS, and SSP").
+fn can_point(mode: CpuMode, rip: u64) -> bool {
+    match mode {
+        CpuMode::Real | CpuMode::Protected => rip >> 32 == 0,
+        CpuMode::Long => (rip as i64) << 16 >> 16 == rip as i64,
+    }
 }
 
 fn too_wide(reg: &RegValue, bits: u32) -> Refusal {
@@ -139,6 +151,20 @@ mod tests {
         assert_eq!((real.selector, real.base), (0x1000, 0x10000));
         let long = set(&["ss=0x10"], CpuMode::Long).unwrap().sregs.ss;
         assert_eq!((long.selector, long.base), (0x10, 0));
+    }
+
+    #[test]
+    fn an_instruction_pointer_that_a_cpu_refuses_is_refused() {
+        for (word, mode, fine) in [
+            ("rip=0xffffffff", CpuMode::Real, true),
+            ("rip=0x100000000", CpuMode::Real, false),
+            ("rip=0x100000000", CpuMode::Protected, false),
+            ("rip=0x7fffffffffff", CpuMode::Long, true),
+            ("rip=0xffffffff80000000", CpuMode::Long, true),
+            ("rip=0x800000000000", CpuMode::Long, false),
+        ] {
+            assert_eq!(set(&[word], mode).is_ok(), fine, "{word} {mode}");
+        }
     }
 
     #[test]

@@ -1,0 +1,68 @@
+//! The PC's board, as little of it as guests expect.
+
+use std::io;
+
+use anyhow::{Context, Result};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+
+use super::Board;
+use crate::arch::layout::{
+    CMOS, DEBUG_EXIT, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, POWER_OFF, SERIAL, SERIAL_IRQ, TSS,
+};
+use crate::arch::{self, Layout};
+use crate::bus::{Builder, Space};
+use crate::clock::HostClock;
+use crate::config::{Config, IrqChip};
+use crate::console::HostConsole;
+use crate::device::cmos::Cmos;
+use crate::device::debug_console::DebugConsole;
+use crate::device::debug_exit::DebugExit;
+use crate::device::i8042::I8042;
+use crate::device::power_off::PowerOff;
+use crate::device::serial::Serial;
+use crate::irq::{IrqLine, Unconnected};
+use crate::vcpu::Vcpu;
+use crate::vm::{Vm, supported_cpuid};
+
+/// Makes the in-kernel parts and the devices. Memory slots must be there already, vCPUs must not.
+///
+/// # Errors
+/// KVM refuses a part, or a debug console lies on a device.
+pub fn build(vm: &Vm, config: &Config, layout: &Layout, serial: HostConsole, debug: HostConsole) -> Result<Board> {
+    vm.fd().set_identity_map_address(IDENTITY_MAP).map_err(io::Error::from).context("KVM_SET_IDENTITY_MAP_ADDR")?;
+    let tss = usize::try_from(TSS).context("KVM_SET_TSS_ADDR")?;
+    vm.fd().set_tss_address(tss).map_err(io::Error::from).context("KVM_SET_TSS_ADDR")?;
+    let line: Box<dyn IrqLine> = if config.irqchip == Some(IrqChip::None) {
+        Box::new(Unconnected)
+    } else {
+        vm.fd().create_irq_chip().map_err(io::Error::from).context("KVM_CREATE_IRQCHIP")?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.fd().create_pit2(pit).map_err(io::Error::from).context("KVM_CREATE_PIT2")?;
+        vm.line(SERIAL_IRQ)?
+    };
+    let mut devices = Builder::default();
+    let serial = devices.place(Space::Pio, SERIAL, 8, Serial::new(Box::new(serial), line))?;
+    devices.place(Space::Pio, CMOS, 2, Cmos::new(Box::new(HostClock), &layout.ram))?;
+    devices.place(Space::Pio, DEBUG_EXIT, 4, DebugExit)?;
+    devices.place(Space::Pio, POWER_OFF, 2, PowerOff::default())?;
+    let keyboard = devices.add(I8042::default());
+    devices.attach(keyboard, Space::Pio, I8042_DATA, 1, 0)?;
+    devices.attach(keyboard, Space::Pio, I8042_COMMAND, 1, 4)?;
+    if let Some(at) = config.debugcon {
+        devices.place(at.space, at.addr, 1, DebugConsole::new(Box::new(debug)))?;
+    }
+    Ok(Board { buses: devices.finish(), serial })
+}
+
+/// Tells a vCPU who it is.
+///
+/// # Errors
+/// KVM refuses its CPUID.
+pub fn prepare(vcpu: &Vcpu, config: &Config) -> Result<()> {
+    let local_apic = config.irqchip != Some(IrqChip::None);
+    let cpuid = arch::cpuid(supported_cpuid()?, vcpu.id(), config.cpus, local_apic);
+    vcpu.fd()
+        .set_cpuid2(&cpuid)
+        .map_err(io::Error::from)
+        .with_context(|| format!("KVM_SET_CPUID2 of CPU {}", vcpu.id()))
+}

@@ -1,0 +1,286 @@
+//! The command line: words in, a [`Command`] out. Knows the words and their defaults, never what they do.
+//!
+//! The options of `run` are `Config`'s own fields, documented there. Three sources are laid over one another: the
+//! defaults (or an example's own words), then `--config FILE`, then the command line.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, value_parser};
+
+use crate::config::Config;
+use crate::error::usage;
+
+/// What a person asked for.
+#[derive(Debug, Clone)]
+pub enum Command {
+    /// Run the guest in a file.
+    Run(PathBuf, Config),
+    /// Run a built-in guest.
+    Example(&'static guests::Guest, Config),
+    /// List the built-in guests.
+    ListExamples,
+    /// Say what a file is.
+    Inspect(PathBuf),
+    /// Say what the host offers.
+    Check,
+    /// Print the address map of a machine.
+    Layout(Config),
+    /// Print a text to stdout: help, version, completions, the manual page.
+    Print(Vec<u8>),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  bantam example                      list the built-in guests
+  bantam example add                  run one: 2 + 2, on real KVM
+  bantam run kernel.elf --trace       run a guest and see each exit
+  bantam run boot.bin --entry 0x7c0:0 --load-at 0x7c00
+  bantam inspect kernel.elf           what is it, and what does it need?
+  bantam check                        can this host run machines?
+
+Exit status:
+  0    the guest ended: halt, power-off, reset, --until
+  2    the command line is wrong            101  a bug in Bantam
+  124  --timeout or --max-exits             125  the machine could not be built or run
+  126  the guest died                       128+n  signal n
+  ((v << 1) | 1) & 0xff: the guest wrote v to the debug-exit port, 0xf4";
+
+/// Runs any guest under KVM, from twelve bytes of machine code on, and shows what happens.
+#[derive(Parser)]
+#[command(name = "bantam", version, about, after_help = EXAMPLES, max_term_width = 100)]
+struct Words {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a guest; its format is found from the file
+    #[command(
+        after_help = "ctrl-a x leaves an interactive console, ctrl-a h shows its keys.\nExample: bantam run guest.bin --reg rax=2 --trace"
+    )]
+    Run,
+    /// Run a built-in guest; without a name, list them
+    #[command(after_help = "Example: bantam example add --trace")]
+    Example,
+    /// Say what a file is: format, architecture, entry, segments, what it needs
+    Inspect {
+        /// The file
+        #[arg(value_name = "GUEST")]
+        file: PathBuf,
+    },
+    /// Say what this host's KVM offers, and what to do about each gap
+    Check,
+    /// Print the guest-physical address map of a machine
+    #[command(after_help = "Example: bantam layout --memory 5G --cpu-mode long")]
+    Layout,
+    /// Print a shell's completion script
+    #[command(after_help = "Example: bantam completions bash > /etc/bash_completion.d/bantam")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    #[command(after_help = "Example: bantam man | man -l -")]
+    Man,
+}
+
+fn command() -> clap::Command {
+    let config = Arg::new("config")
+        .long("config")
+        .value_name("FILE")
+        .value_parser(value_parser!(PathBuf))
+        .help("Read options from a TOML file; those on the command line win");
+    let with_config = move |verb: clap::Command| Config::augment_args_for_update(verb).arg(config.clone());
+    let guest = Arg::new("guest").value_name("GUEST").required(true).value_parser(value_parser!(PathBuf));
+    let name = Arg::new("name-of-example").value_name("EXAMPLE").help("The built-in guest");
+    Words::command()
+        .mut_subcommand("run", |verb| {
+            with_config(verb).arg(guest.help("The guest: flat binary, ELF or multiboot kernel"))
+        })
+        .mut_subcommand("example", |verb| with_config(verb).arg(name))
+        .mut_subcommand("layout", &with_config)
+}
+
+/// Understands the words of a command line, the program's name first.
+///
+/// # Errors
+/// The words are wrong (status 2).
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
+    let matches = match command().try_get_matches_from(words) {
+        Ok(matches) => matches,
+        Err(e) if !e.use_stderr() => return Ok(Command::Print(e.render().ansi().to_string().into_bytes())),
+        Err(e) => return Err(understandable(&e).into()),
+    };
+    let Some((verb, words)) = matches.subcommand() else { anyhow::bail!(usage("no command")) };
+    match verb {
+        "run" => {
+            let guest = words.get_one::<PathBuf>("guest").context("no guest")?;
+            Ok(Command::Run(guest.clone(), config(Config::default(), words)?))
+        }
+        "example" => match words.get_one::<String>("name-of-example") {
+            None => Ok(Command::ListExamples),
+            Some(name) => example(name, words),
+        },
+        "layout" => Ok(Command::Layout(config(Config::default(), words)?)),
+        _ => match Words::from_arg_matches(&matches)?.verb {
+            Verb::Inspect { file } => Ok(Command::Inspect(file)),
+            Verb::Completions { shell } => {
+                let mut text = Vec::new();
+                clap_complete::generate(shell, &mut command(), "bantam", &mut text);
+                Ok(Command::Print(text))
+            }
+            Verb::Man => {
+                let mut text = Vec::new();
+                clap_mangen::Man::new(command()).render(&mut text).context("rendering the manual page")?;
+                Ok(Command::Print(text))
+            }
+            _ => Ok(Command::Check),
+        },
+    }
+}
+
+fn example(name: &str, words: &ArgMatches) -> Result<Command> {
+    let Some(guest) = guests::find(name) else {
+        return Err(usage(format!("there is no example {name:?}")).hint("`bantam example` lists them").into());
+    };
+    let own = Config::augment_args_for_update(clap::Command::new("example").no_binary_name(true));
+    let own = own.try_get_matches_from(guest.words).with_context(|| format!("the words of example {name}"))?;
+    let mut base = Config::default();
+    base.update_from_arg_matches(&own)?;
+    Ok(Command::Example(guest, config(base, words)?))
+}
+
+/// The options of a machine: those of `base`, then of the file, then of the command line.
+fn config(base: Config, words: &ArgMatches) -> Result<Config> {
+    let mut config = match words.get_one::<PathBuf>("config") {
+        Some(path) => from_file(path)?,
+        None => base,
+    };
+    config.update_from_arg_matches(words).map_err(|e| understandable(&e))?;
+    Ok(config)
+}
+
+fn from_file(path: &Path) -> Result<Config> {
+    let what = || format!("--config {}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|e| usage(format!("{}: {e}", what())))?;
+    toml::from_str(&text).map_err(|e| {
+        let line =
+            e.span().map_or(0, |span| text.get(..span.start).map_or(0, |before| before.matches('\n').count() + 1));
+        usage(format!("{} line {line}: {}", what(), e.message().replace('\n', " "))).into()
+    })
+}
+
+/// One line of what and why, and the tip, if there is one.
+fn understandable(error: &clap::Error) -> crate::error::Refusal {
+    let text = error.render().to_string();
+    let text = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<_> = text.trim_start_matches("error: ").split_whitespace().collect();
+    let what = match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "no command given".into(),
+        _ => words.join(" "),
+    };
+    let suggested = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue];
+    let tip = suggested.into_iter().find_map(|kind| match error.get(kind)? {
+        ContextValue::String(word) => Some(word.clone()),
+        ContextValue::Strings(words) => words.first().cloned(),
+        _ => None,
+    });
+    let hint = tip.map_or_else(
+        || "`bantam --help` and `bantam run --help` show what there is".into(),
+        |tip| format!("did you mean {tip:?}?"),
+    );
+    usage(what).hint(hint)
+}
+
+/// The list that `bantam example` prints.
+pub fn list_examples() -> String {
+    let width = guests::all().iter().map(|g| g.name.len()).max().unwrap_or(0);
+    let lines = guests::all().iter().map(|g| format!("{:width$}  {}\n", g.name, g.about));
+    lines.collect::<String>() + "\nRun one with `bantam example NAME`; any option of `bantam run` may follow.\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Addr, CpuMode, IrqChip, Size};
+    use crate::error::verdict;
+
+    fn words(text: &str) -> Result<Command> {
+        parse(std::iter::once("bantam").chain(text.split_whitespace()).map(OsString::from))
+    }
+
+    fn run(text: &str) -> Config {
+        match words(text).unwrap() {
+            Command::Run(_, config) | Command::Example(_, config) | Command::Layout(config) => config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_contract_parses() {
+        let config = run(
+            "run g --memory 1M --cpus 2 --load-at 0x2000 --entry 0x100:2 --cpu-mode long --reg rax=2 --reg rbx=0x3 \
+             --irqchip kernel --until login: --timeout 2.5 --max-exits 7 --reboot --trace --debugcon mmio:0x996 --serial none",
+        );
+        assert_eq!((config.memory, config.cpus, config.load_at), (Size(1 << 20), 2, Some(Addr(0x2000))));
+        assert_eq!((config.cpu_mode, config.irqchip), (Some(CpuMode::Long), Some(IrqChip::Kernel)));
+        assert_eq!((config.reg.len(), config.reboot, config.hugepages), (2, true, false));
+        assert_eq!(config.trace.as_deref(), Some(Path::new("-")));
+        assert_eq!(run("run --trace=x g").trace.as_deref(), Some(Path::new("x")));
+        assert_eq!(run("run --trace g").trace.as_deref(), Some(Path::new("-")));
+        assert_eq!(run("run g --debugcon").debugcon, Some("pio:0xe9".parse().unwrap()));
+        assert_eq!(run("run g"), Config::default());
+    }
+
+    #[test]
+    fn a_file_is_laid_under_the_words() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "memory = \"2M\"\ncpus = 3\nreboot = true\n").unwrap();
+        let config = run(&format!("run g --config {} --cpus 4", file.path().display()));
+        assert_eq!((config.memory, config.cpus, config.reboot), (Size(2 << 20), 4, true));
+        std::fs::write(&file, "memory = 1\n\nmemroy = 2\n").unwrap();
+        let error = words(&format!("run g --config {}", file.path().display())).unwrap_err();
+        assert!(format!("{error:#}").contains("line 3") && verdict(&error).0 == 2, "{error:#}");
+    }
+
+    #[test]
+    fn wrong_words_are_status_2_in_one_line() {
+        for text in [
+            "",
+            "run",
+            "run g --memroy 1",
+            "run g --memory x",
+            "run g --cpus -1",
+            "run g --reg rax",
+            "fly",
+            "example nope",
+            "run g --timeout -1",
+            "run g h",
+        ] {
+            let error = words(text).unwrap_err();
+            let (status, hint) = verdict(&error);
+            assert!(status == 2 && hint.is_some() && !format!("{error:#}").contains('\n'), "{text:?}: {error:#}");
+        }
+        assert_eq!(verdict(&words("run g --memroy 1").unwrap_err()).1, Some("did you mean \"--memory\"?"));
+    }
+
+    #[test]
+    fn the_documented_defaults_are_the_defaults() {
+        let help = command().find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        let Config { memory, cpus, serial, .. } = Config::default();
+        for default in [format!("[default: {memory}]"), format!("[default: {cpus}]"), format!("[default: {serial}]")] {
+            assert!(help.contains(&default), "{default}");
+        }
+    }
+
+    #[test]
+    fn every_example_has_words_that_parse() {
+        for guest in guests::all() {
+            run(&format!("example {}", guest.name));
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The event loop's two tools: readiness of descriptors, and threads that give back what they were given.
+//!
+//! Invariant: a [`Worker`]'s state has one owner at a time: the thread while it runs, the caller after `stop`.
+
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::event::{Timespec, epoll};
+use rustix::fd::{AsFd, OwnedFd};
+
+use crate::host::sys;
+
+/// Most events taken in one call.
+const BATCH: usize = 8;
+
+/// Waits for descriptors to become readable. Each is known by a token of the caller's.
+pub struct Readiness {
+    epoll: OwnedFd,
+}
+
+impl Readiness {
+    /// Watches nothing.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)? })
+    }
+
+    /// Watches `fd`. False where the host cannot watch it: a file, which is always ready.
+    ///
+    /// # Errors
+    /// The host has no memory left.
+    pub fn watch(&self, fd: impl AsFd, token: u64, flags: Edge) -> io::Result<bool> {
+        let flags = match flags {
+            Edge::Level => epoll::EventFlags::IN,
+            Edge::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
+        };
+        match epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), flags) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::PERM) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Watches `fd` no longer.
+    pub fn forget(&self, fd: impl AsFd) {
+        let _ = epoll::delete(&self.epoll, fd);
+    }
+
+    /// The tokens that are ready, after at most `patience`; none after that time or a signal.
+    ///
+    /// # Errors
+    /// The host refuses to wait.
+    pub fn wait(&self, patience: Option<Duration>) -> io::Result<Vec<u64>> {
+        let timeout = patience.map(|p| Timespec {
+            tv_sec: i64::try_from(p.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(p.subsec_nanos()),
+        });
+        let mut events = Vec::with_capacity(BATCH);
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        Ok(events.iter().map(|event| event.data.u64()).collect())
+    }
+}
+
+/// When a watched descriptor reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Edge {
+    /// As long as it is readable.
+    Level,
+    /// When it becomes readable: a bell need not be read to fall silent.
+    Edge,
+}
+
+/// A thread that was given something and gives it back.
+pub struct Worker<T> {
+    handle: JoinHandle<T>,
+}
+
+impl<T: Send + 'static> Worker<T> {
+    /// Starts a thread named `name` that runs `work`.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn start(name: String, work: impl FnOnce() -> T + Send + 'static) -> Result<Self> {
+        let what = format!("cannot start thread {name}");
+        let handle = std::thread::Builder::new().name(name).spawn(work).context(what)?;
+        Ok(Self { handle })
+    }
+
+    /// Interrupts the system call that the thread waits in; what it does then is between it and its caller.
+    pub fn kick(&self) {
+        sys::kick(self.handle.as_pthread_t());
+    }
+
+    /// Waits for the thread and takes back what it owned.
+    ///
+    /// # Errors
+    /// The thread panicked (which ends the process before anyone can see this).
+    pub fn join(self) -> Result<T> {
+        self.handle.join().map_err(|_| anyhow::anyhow!("a thread panicked"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::output::Bell;
+
+    #[test]
+    fn a_bell_is_heard_once_and_silence_times_out() {
+        let (readiness, bell) = (Readiness::new().unwrap(), Bell::new().unwrap());
+        assert!(readiness.watch(&bell, 5, Edge::Edge).unwrap());
+        let soon = Some(Duration::from_millis(1));
+        assert!(readiness.wait(soon).unwrap().is_empty());
+        bell.ring();
+        assert_eq!(readiness.wait(None).unwrap(), [5]);
+        assert!(readiness.wait(soon).unwrap().is_empty());
+        bell.ring();
+        assert_eq!(readiness.wait(None).unwrap(), [5]);
+        readiness.forget(&bell);
+        bell.ring();
+        assert!(readiness.wait(soon).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_cannot_be_watched_and_that_is_no_error() {
+        assert!(!Readiness::new().unwrap().watch(tempfile::tempfile().unwrap(), 1, Edge::Level).unwrap());
+    }
+
+    #[test]
+    fn a_worker_gives_back_what_it_owned() {
+        let mut owned = vec![1];
+        let worker = Worker::start("worker".into(), move || {
+            owned.push(2);
+            owned
+        });
+        assert_eq!(worker.unwrap().join().unwrap(), [1, 2]);
+    }
+}

@@ -1,0 +1,29 @@
+//! The host's side of things: signals, terminal, standard streams. Knows nothing of machines.
+
+#[cfg(debug_assertions)]
+pub mod fault;
+pub mod input;
+pub mod output;
+pub mod say;
+pub mod sys;
+pub mod terminal;
+
+/// Makes every way out of this process put the terminal back and end with a status from the table: a panic is 101, a
+/// crash 128 + n.
+pub fn guard() {
+    std::panic::set_hook(Box::new(|info| {
+        terminal::restore();
+        let what = info.payload_as_str().unwrap_or("no message");
+        let place = info.location().map_or_else(String::new, |at| format!(" at {}:{}", at.file(), at.line()));
+        // The standard library panics where it finds no memory for a thread's signal stack: the host's doing, not a bug.
+        if what.starts_with("failed to allocate an alternative stack") || what.starts_with("failed to set up") {
+            say::say(&format!("bantam: {what}").replace('\n', " "));
+            sys::exit_now(crate::error::status::HOST);
+        }
+        say::say(&format!("bantam: this is a bug in Bantam: {what}{place}").replace('\n', " "));
+        sys::exit_now(crate::error::status::BUG);
+    }));
+    if let Err(e) = sys::handle_fatal_signals() {
+        say::say(&format!("bantam: warning: crashes will not be reported: {e}"));
+    }
+}

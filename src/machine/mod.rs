@@ -1,0 +1,314 @@
+//! A machine: built from a `Config`, booted with a guest, run, ended.
+//!
+//! There is one build path. A [`Machine<Paused>`] has its CPUs at hand; a [`Machine<Running>`] has lent each to a
+//! thread of its own and gets it back when it ends. Invariant: memory outlives the vCPUs that KVM lets write to it.
+
+mod streams;
+mod wait;
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use kvm_ioctls::Cap;
+use rustix::fd::OwnedFd;
+
+pub use self::streams::Streams;
+use crate::arch::{self, Layout};
+use crate::board::{self, Board};
+use crate::bus::Buses;
+use crate::config::{Config, IrqChip};
+use crate::error::{Refusal, refuse, status};
+use crate::event::Worker;
+use crate::host::output::Bell;
+use crate::host::say::say;
+use crate::host::sys;
+use crate::load::{self, Guest};
+use crate::memory::Memory;
+use crate::trace::{Off, Print};
+use crate::vcpu::{Flag, Stop, Vcpu, run_loop};
+use crate::vm::{Vm, kvm, supported_cpuid};
+
+/// The CPUs are here.
+pub struct Paused {
+    vcpus: Vec<Vcpu>,
+}
+
+/// Each CPU is with its thread.
+pub struct Running {
+    workers: Vec<Worker<Vcpu>>,
+    flags: Vec<Arc<Flag>>,
+    ended: Arc<OnceLock<(u32, Stop)>>,
+}
+
+/// A virtual machine.
+pub struct Machine<S> {
+    state: S,
+    config: Config,
+    layout: Layout,
+    memory: Memory,
+    board: Board,
+    vm: Vm,
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// A vCPU ended it.
+    Guest(u32, Stop),
+    /// Every CPU is halted, and nothing can wake any of them.
+    AllHalted,
+    /// `--timeout`.
+    Timeout,
+    /// A signal to Bantam.
+    Signal(i32),
+    /// `ctrl-a x`.
+    Quit,
+}
+
+impl End {
+    /// The exit status that scripts see.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::AllHalted | Self::Quit => 0,
+            Self::Timeout | Self::Guest(_, Stop::MaxExits) => status::LIMIT,
+            Self::Signal(number) => 128u8.saturating_add(u8::try_from(*number).unwrap_or(0)),
+            Self::Guest(_, Stop::DebugExit(value)) => (value.to_le_bytes()[0] << 1) | 1,
+            Self::Guest(_, Stop::Died(_)) => status::DIED,
+            Self::Guest(..) => 0,
+        }
+    }
+
+    /// With `--reboot` the machine starts anew.
+    fn is_reset(&self) -> bool {
+        matches!(self, Self::Guest(_, Stop::Reset)) || self.is_shutdown()
+    }
+
+    /// A triple fault, which real hardware answers with a reset.
+    fn is_shutdown(&self) -> bool {
+        matches!(self, Self::Guest(_, Stop::Died(fault)) if fault.name == "KVM_EXIT_SHUTDOWN")
+    }
+}
+
+/// What spans all lives of a machine that reboots.
+pub struct Life {
+    deadline: Option<Instant>,
+    exits_left: Option<Arc<AtomicU64>>,
+    signals: OwnedFd,
+}
+
+impl Life {
+    /// Starts the clock of `--timeout` and takes over the process's control signals. Call before any thread is started.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new(config: &Config) -> Result<Self> {
+        Ok(Self {
+            deadline: config.timeout.and_then(|t| Instant::now().checked_add(t.0)),
+            exits_left: config.max_exits.map(|n| Arc::new(AtomicU64::new(n))),
+            signals: sys::control_signals().context("taking over the process's signals")?,
+        })
+    }
+}
+
+/// Runs a guest to its end and says how it ended; the whole of `bantam run`.
+///
+/// # Errors
+/// The machine cannot be built or run.
+pub fn run(config: &Config, guest: &Guest) -> Result<End> {
+    let life = Life::new(config)?;
+    let mut streams = Streams::open(config)?;
+    loop {
+        let mut machine = build(config, &streams)?;
+        machine.boot(guest)?;
+        let (mut machine, end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
+        let again = config.reboot && end.is_reset();
+        if !again || end.is_shutdown() {
+            machine.tell(&end);
+        }
+        if !again {
+            return Ok(end);
+        }
+    }
+}
+
+/// Builds the machine that a settled `config` describes; it has no guest yet.
+///
+/// # Errors
+/// The host cannot make it; the reason is named.
+pub fn build(config: &Config, streams: &Streams) -> Result<Machine<Paused>> {
+    let layout = arch::layout(config)?;
+    check_cpus(config.cpus)?;
+    // Each CPUID leaf is a trap on a virtual host; they are asked for while KVM makes the machine.
+    let asking = std::thread::Builder::new().name("cpuid".into()).spawn(supported_cpuid);
+    let vm = Vm::new()?;
+    let memory = Memory::new(&layout.memory(), config.hugepages)?;
+    vm.map(&memory)?;
+    let board = board::build(&vm, config, &layout, streams.serial_console(), streams.debug_console())?;
+    let vcpus = (0..config.cpus).map(|id| vm.vcpu(id)).collect::<Result<Vec<_>>>()?;
+    if let Ok(asking) = asking {
+        let _ = asking.join();
+    }
+    for vcpu in &vcpus {
+        board::prepare(vcpu, config)?;
+    }
+    Ok(Machine { state: Paused { vcpus }, config: config.clone(), layout, memory, board, vm })
+}
+
+/// The soft limit warns, the hard one refuses.
+fn check_cpus(cpus: u32) -> Result<()> {
+    let kvm = kvm()?;
+    let wanted = usize::try_from(cpus).unwrap_or(usize::MAX);
+    let (soft, hard) = (kvm.get_nr_vcpus(), kvm.get_max_vcpus().min(arch::MAX_CPUS));
+    if wanted > hard {
+        let why = format!("{cpus} CPUs are more than the {hard} that this host and Bantam allow (KVM_CAP_MAX_VCPUS)");
+        return Err(refuse(why).hint("give --cpus a smaller number").into());
+    }
+    if wanted > soft {
+        say(&format!("bantam: warning: {cpus} CPUs are more than the {soft} that KVM recommends (KVM_CAP_NR_VCPUS)"));
+    }
+    Ok(())
+}
+
+impl Machine<Paused> {
+    /// Loads the guest and sets CPU 0 to enter it; the others wait for CPU 0.
+    ///
+    /// # Errors
+    /// The guest cannot be loaded.
+    pub fn boot(&mut self, guest: &Guest) -> Result<()> {
+        let boot = load::load(&self.config, guest, &self.memory, &self.layout)?;
+        let sync = kvm()?.check_extension_int(Cap::SyncRegs) & arch::SYNC_REGS == arch::SYNC_REGS;
+        self.state.vcpus.first_mut().map_or(Ok(()), |cpu| cpu.enter(&boot, sync))
+    }
+
+    /// Starts every CPU on its own thread.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn resume(self, life: &Life, streams: &Streams) -> Result<Machine<Running>> {
+        let Self { state, config, layout, memory, board, vm } = self;
+        let ended = Arc::new(OnceLock::new());
+        let flags: Vec<_> = state.vcpus.iter().map(|_| Flag::new(life.exits_left.clone())).collect();
+        let print = streams.trace().map(Print::new);
+        let mut running = Running { workers: Vec::new(), flags, ended };
+        for (vcpu, flag) in state.vcpus.into_iter().zip(running.flags.clone()) {
+            let cpu = Cpu {
+                print: print.as_ref().map(|p| p.for_cpu(vcpu.id())),
+                vcpu,
+                flag,
+                buses: board.buses.clone(),
+                ended: running.ended.clone(),
+                bell: streams.bell(),
+            };
+            match Worker::start(format!("vcpu{}", cpu.vcpu.id()), move || cpu.run()) {
+                Ok(worker) => running.workers.push(worker),
+                Err(e) => {
+                    running.stop()?;
+                    return Err(e);
+                }
+            }
+        }
+        Ok(Machine { state: running, config, layout, memory, board, vm })
+    }
+
+    /// Says on stderr what a person should know of the end.
+    fn tell(&mut self, end: &End) {
+        let text = match end {
+            End::Guest(cpu, Stop::Died(fault)) => crate::report::death(*cpu, fault, &self.state.vcpus, &self.memory),
+            End::Guest(_, Stop::Halted { interrupts: true }) => {
+                "hint: the guest halted with interrupts on, but this machine has no interrupt controller; give it one: --irqchip kernel".into()
+            }
+            End::Guest(_, Stop::MaxExits) => {
+                format!("bantam: --max-exits reached: the guest made {} exits", self.config.max_exits.unwrap_or(0))
+            }
+            End::Timeout => {
+                format!("bantam: --timeout reached: the guest ran for {} s", self.config.timeout.map_or(0.0, |t| t.0.as_secs_f64()))
+            }
+            _ => String::new(),
+        };
+        if !text.is_empty() {
+            say(&text);
+        }
+        if let (count @ 1.., Some(first)) = self.board.buses.misses()
+            && self.config.trace.is_none()
+        {
+            say(&format!(
+                "bantam: note: accesses that no device answers: {count}, the first: {first}; --trace shows each"
+            ));
+        }
+    }
+}
+
+impl Running {
+    /// Stops every CPU and takes it back, in their order.
+    fn stop(self) -> Result<Vec<Vcpu>> {
+        for (flag, worker) in self.flags.iter().zip(&self.workers) {
+            flag.stop();
+            worker.kick();
+        }
+        self.workers.into_iter().map(Worker::join).collect()
+    }
+}
+
+/// What a vCPU's thread owns.
+struct Cpu {
+    vcpu: Vcpu,
+    flag: Arc<Flag>,
+    buses: Arc<Buses>,
+    print: Option<Print>,
+    ended: Arc<OnceLock<(u32, Stop)>>,
+    bell: Bell,
+}
+
+impl Cpu {
+    fn run(mut self) -> Vcpu {
+        #[cfg(debug_assertions)]
+        crate::host::fault::inject("vcpu");
+        let stop = match (self.vcpu.adopt(&self.flag), self.print) {
+            (Err(e), _) => died("sigaction", &e.to_string()),
+            (Ok(()), None) => run_loop(&mut self.vcpu, &self.buses, &self.flag, &mut Off),
+            (Ok(()), Some(mut print)) => run_loop(&mut self.vcpu, &self.buses, &self.flag, &mut print),
+        };
+        if stop == Stop::Asked {
+            self.vcpu.settle(&self.buses);
+        } else {
+            // The first CPU to end ends the machine; later ones have nothing to add.
+            let _ = self.ended.set((self.vcpu.id(), stop));
+        }
+        self.vcpu.release();
+        self.bell.ring();
+        self.vcpu
+    }
+}
+
+fn died(name: &str, detail: &str) -> Stop {
+    Stop::Died(crate::bus::FaultInfo { name: name.into(), detail: detail.into(), bytes: Vec::new() })
+}
+
+impl<S> Machine<S> {
+    /// The guest-physical map.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Guest RAM.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The devices.
+    pub fn buses(&self) -> &Arc<Buses> {
+        &self.board.buses
+    }
+
+    /// KVM's own halt: whether CPUs may sleep in KVM for ever without an exit.
+    fn halts_in_kvm(&self) -> bool {
+        self.config.irqchip != Some(IrqChip::None)
+    }
+}
+
+/// A refusal for what a later version will do.
+pub fn not_yet(what: &str) -> Refusal {
+    refuse(format!("{what}: not yet"))
+}

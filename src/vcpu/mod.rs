@@ -1,0 +1,331 @@
+//! One virtual CPU: running it, answering its exits, stopping it.
+//!
+//! `kvm_run` is read here and nowhere else: kvm-ioctls' own decoding loses the element size of string I/O and the
+//! payload of internal errors. Invariant: an exit is complete only after the next KVM_RUN (KVM api.rst, "kvm_run"); who
+//! wants to see or save registers calls [`Vcpu::settle`] first.
+
+#![allow(unsafe_code)]
+
+mod exits;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use anyhow::{Context, Result};
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_ioctls::{SyncReg, VcpuFd};
+
+use crate::arch::{self, BootRegs, CpuState};
+use crate::bus::{Buses, Effect, Exit, FaultInfo};
+use crate::host::sys;
+use crate::trace::Trace;
+
+/// `_IO(KVMIO, 0x80)`.
+const KVM_RUN: u64 = 0xae80;
+/// How many further exits of one instruction [`Vcpu::settle`] answers; a longer string is cut there, between elements.
+const SETTLE: usize = 64;
+
+/// A virtual CPU.
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u32,
+    /// Bytes mapped for `kvm_run` and what its offsets point into.
+    run_size: usize,
+}
+
+/// Why a vCPU's loop ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// It halted and nothing can wake it. `interrupts`: they were on, so the guest may have expected to wake.
+    Halted {
+        /// RFLAGS.IF or its like was set.
+        interrupts: bool,
+    },
+    /// The guest switched the machine off.
+    PowerOff,
+    /// The guest reset the machine.
+    Reset,
+    /// A console showed the text of `--until`.
+    Until,
+    /// The guest wrote this value to the debug-exit register.
+    DebugExit(u64),
+    /// `--max-exits`.
+    MaxExits,
+    /// The guest died.
+    Died(FaultInfo),
+    /// It was asked to.
+    Asked,
+}
+
+/// What [`dispatch`] says of the next step.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Run on.
+    Run,
+    /// Leave the loop.
+    Stop(Stop),
+}
+
+/// Answers one exit: the whole of what a machine does between two KVM_RUNs.
+pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
+    let died = |name: &str, detail: &str| {
+        Next::Stop(Stop::Died(FaultInfo { name: name.into(), detail: detail.into(), bytes: Vec::new() }))
+    };
+    match exit {
+        Exit::Read { space, addr, width, data } => {
+            buses.read(*space, *addr, *width, data);
+            Next::Run
+        }
+        Exit::Write { space, addr, width, data } => match buses.write(*space, *addr, *width, data) {
+            Effect::None => Next::Run,
+            Effect::Reset => Next::Stop(Stop::Reset),
+            Effect::PowerOff => Next::Stop(Stop::PowerOff),
+            Effect::Exit(value) => Next::Stop(Stop::DebugExit(value)),
+            Effect::Until => Next::Stop(Stop::Until),
+        },
+        Exit::Interrupted => Next::Run,
+        Exit::Halt => Next::Stop(Stop::Halted { interrupts: false }),
+        Exit::Shutdown => died("KVM_EXIT_SHUTDOWN", arch::SHUTDOWN),
+        Exit::System { event: KVM_SYSTEM_EVENT_SHUTDOWN, .. } => Next::Stop(Stop::PowerOff),
+        Exit::System { event: KVM_SYSTEM_EVENT_RESET, .. } => Next::Stop(Stop::Reset),
+        Exit::System { event, data } => died("KVM_EXIT_SYSTEM_EVENT", &format!("type {event}, data {data:x?}")),
+        Exit::Debug => died("KVM_EXIT_DEBUG", "a debug exit that nobody asked for"),
+        Exit::Fault(fault) => Next::Stop(Stop::Died((**fault).clone())),
+    }
+}
+
+/// Runs a CPU until something ends it. With `trace::Off` there is nothing here but what is written.
+pub fn run_loop(vcpu: &mut Vcpu, buses: &Buses, flag: &Flag, trace: &mut impl Trace) -> Stop {
+    loop {
+        if flag.is_raised() && flag.answer(vcpu) {
+            return Stop::Asked;
+        }
+        trace.enter();
+        let mut exit = vcpu.run();
+        let next = dispatch(&mut exit, buses);
+        trace.leave(&exit, buses);
+        let counted = !matches!(exit, Exit::Interrupted);
+        match next {
+            Next::Run if counted && flag.spend() => return Stop::MaxExits,
+            Next::Run => {}
+            Next::Stop(Stop::Halted { .. }) => return Stop::Halted { interrupts: vcpu.interrupts_on() },
+            Next::Stop(stop) => return stop,
+        }
+    }
+}
+
+/// What the rest of the machine asks of one running vCPU. Set the flag first, then kick the thread.
+pub struct Flag {
+    request: AtomicU32,
+    idle: AtomicU8,
+    /// Exits that all CPUs together may still make.
+    left: Option<Arc<AtomicU64>>,
+    /// The thread that runs the vCPU; 0 before it does.
+    thread: AtomicU32,
+}
+
+const STOP: u32 = 1;
+const LOOK: u32 = 2;
+
+/// What a vCPU was doing when it was looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Idle {
+    /// Not looked at since the last request.
+    Unknown = 0,
+    /// Running, or waiting for an interrupt that may come.
+    No = 1,
+    /// Halted, and nothing can wake it.
+    ForGood = 2,
+}
+
+impl Flag {
+    /// A flag for one CPU; all of a machine share what is left of `--max-exits`, if there is a limit.
+    pub fn new(left: Option<Arc<AtomicU64>>) -> Arc<Self> {
+        Arc::new(Self { request: AtomicU32::new(0), idle: AtomicU8::new(0), left, thread: AtomicU32::new(0) })
+    }
+
+    /// Asks the vCPU to stop.
+    pub fn stop(&self) {
+        self.request.fetch_or(STOP, Ordering::SeqCst);
+    }
+
+    /// Asks the vCPU what it is doing; [`Flag::seen`] has the answer once it has given one.
+    pub fn look(&self) {
+        self.idle.store(Idle::Unknown as u8, Ordering::SeqCst);
+        self.request.fetch_or(LOOK, Ordering::SeqCst);
+    }
+
+    /// The answer to the last [`Flag::look`].
+    pub fn seen(&self) -> Idle {
+        match self.idle.load(Ordering::SeqCst) {
+            1 => Idle::No,
+            2 => Idle::ForGood,
+            _ => Idle::Unknown,
+        }
+    }
+
+    /// The thread that runs the vCPU, once there is one.
+    pub fn thread(&self) -> Option<i32> {
+        i32::try_from(self.thread.load(Ordering::Relaxed)).ok().filter(|id| *id != 0)
+    }
+
+    fn is_raised(&self) -> bool {
+        self.request.load(Ordering::Relaxed) != 0
+    }
+
+    /// Answers the requests; true for "stop".
+    fn answer(&self, vcpu: &Vcpu) -> bool {
+        let request = self.request.fetch_and(!LOOK, Ordering::SeqCst);
+        if request & LOOK != 0 {
+            let idle = if arch::halted_for_good(&vcpu.fd) { Idle::ForGood } else { Idle::No };
+            self.idle.store(idle as u8, Ordering::SeqCst);
+        }
+        request & STOP != 0
+    }
+
+    /// Takes one exit off the limit; true when that was the last.
+    fn spend(&self) -> bool {
+        self.left.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) <= 1)
+    }
+}
+
+impl Vcpu {
+    /// Wraps a new vCPU.
+    pub(crate) fn new(fd: VcpuFd, id: u32, run_size: usize) -> Self {
+        Self { fd, id, run_size }
+    }
+
+    /// The CPU's number.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The descriptor, for the board's own calls.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Sets the state to start from: with the first KVM_RUN where the host synchronises registers
+    /// (KVM_CAP_SYNC_REGS), else by two calls.
+    ///
+    /// # Errors
+    /// KVM refuses the state.
+    pub fn enter(&mut self, boot: &BootRegs, sync_regs: bool) -> Result<()> {
+        if sync_regs {
+            let sync = self.fd.sync_regs_mut();
+            sync.regs = boot.regs;
+            sync.sregs = boot.sregs;
+            self.fd.set_sync_dirty_reg(SyncReg::Register);
+            self.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+            return Ok(());
+        }
+        self.fd.set_sregs(&boot.sregs).map_err(io::Error::from).context("KVM_SET_SREGS")?;
+        self.fd.set_regs(&boot.regs).map_err(io::Error::from).context("KVM_SET_REGS")
+    }
+
+    /// Makes the calling thread the one that runs this vCPU and that `flag` speaks of.
+    ///
+    /// # Errors
+    /// The host refuses the handler of kicks.
+    pub fn adopt(&mut self, flag: &Flag) -> io::Result<()> {
+        let byte = (&raw mut self.fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
+        // SAFETY: the byte lies in the mapping that `self.fd` keeps; `release` is called before the vCPU leaves.
+        unsafe { sys::watch_kicks(byte)? };
+        flag.thread.store(sys::thread_id().unsigned_abs(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The opposite of [`Vcpu::adopt`], on the same thread.
+    pub fn release(&self) {
+        sys::forget_kicks();
+    }
+
+    /// Runs the guest until its next exit.
+    pub fn run(&mut self) -> Exit<'_> {
+        // SAFETY: KVM_RUN takes no argument; the descriptor is a vCPU's.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
+        if result >= 0 {
+            return exits::decode(self.fd.get_kvm_run(), self.run_size);
+        }
+        let error = io::Error::last_os_error();
+        if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
+            // A kick from here on sets it again; one before has raised its flag already.
+            self.fd.set_kvm_immediate_exit(0);
+            return Exit::Interrupted;
+        }
+        let reason = exits::name(self.fd.get_kvm_run().exit_reason);
+        let detail = format!("{error} (the exit reason then was {reason})");
+        Exit::Fault(Box::new(FaultInfo { name: "KVM_RUN".into(), detail, bytes: Vec::new() }))
+    }
+
+    /// Completes the exit that is being answered, so that registers and memory show it done. The CPU runs no
+    /// instruction of its own.
+    pub fn settle(&mut self, buses: &Buses) {
+        for _ in 0..SETTLE {
+            self.fd.set_kvm_immediate_exit(1);
+            let mut exit = self.run();
+            match exit {
+                Exit::Read { .. } | Exit::Write { .. } => {
+                    dispatch(&mut exit, buses);
+                }
+                _ => break,
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    /// The registers. After an exit that was answered, call [`Vcpu::settle`] first.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn state(&self) -> Result<CpuState> {
+        CpuState::read(&self.fd)
+    }
+
+    fn interrupts_on(&self) -> bool {
+        arch::interrupts_on(&self.fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::{Builder, Space};
+
+    fn next(mut exit: Exit<'_>) -> Next {
+        dispatch(&mut exit, &Builder::default().finish())
+    }
+
+    #[test]
+    fn reads_of_nothing_are_ones_and_writes_run_on() {
+        let mut data = [0; 2];
+        assert_eq!(next(Exit::Read { space: Space::Pio, addr: 0x10, width: 2, data: &mut data }), Next::Run);
+        assert_eq!(data, [0xff; 2]);
+        assert_eq!(next(Exit::Write { space: Space::Mmio, addr: 0x996, width: 1, data: &[0x48] }), Next::Run);
+        assert_eq!(next(Exit::Interrupted), Next::Run);
+    }
+
+    #[test]
+    fn ends_are_told_apart() {
+        assert!(matches!(next(Exit::Halt), Next::Stop(Stop::Halted { .. })));
+        assert!(matches!(next(Exit::Shutdown), Next::Stop(Stop::Died(f)) if f.name == "KVM_EXIT_SHUTDOWN"));
+        let off = Exit::System { event: KVM_SYSTEM_EVENT_SHUTDOWN, data: vec![] };
+        assert_eq!(next(off), Next::Stop(Stop::PowerOff));
+        let reset = Exit::System { event: KVM_SYSTEM_EVENT_RESET, data: vec![] };
+        assert_eq!(next(reset), Next::Stop(Stop::Reset));
+        let other = Exit::System { event: 99, data: vec![7] };
+        assert!(matches!(next(other), Next::Stop(Stop::Died(f)) if f.detail.contains("99")));
+        assert!(matches!(next(Exit::Debug), Next::Stop(Stop::Died(_))));
+    }
+
+    #[test]
+    fn the_limit_of_exits_is_shared() {
+        let left = Arc::new(AtomicU64::new(3));
+        let flags = [Flag::new(Some(left.clone())), Flag::new(Some(left))];
+        assert_eq!([flags[0].spend(), flags[1].spend(), flags[0].spend()], [false, false, true]);
+        assert!(!Flag::new(None).spend());
+    }
+}

@@ -1,0 +1,296 @@
+//! Whole-VM tests as prose: run the real `bantam` and look at what a person or a script would see.
+//!
+//! A test that needs something which is not there says so on stderr and in the file that `BANTAM_SKIP_LOG` names, one
+//! line each; with `BANTAM_REQUIRE_KVM=1` a missing `/dev/kvm` is a failure.
+
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, missing_docs)]
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long anything may take before the test gives up on it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program under test.
+pub fn program() -> PathBuf {
+    std::env::var_os("BANTAM_BIN").map_or_else(|| env!("CARGO_BIN_EXE_bantam").into(), PathBuf::from)
+}
+
+/// What a run left behind.
+#[derive(Debug)]
+pub struct Outcome {
+    pub status: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Outcome {
+    pub fn out(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// The status is `status`, and stderr is not a panic's.
+    #[track_caller]
+    pub fn expect(&self, status: i32) -> &Self {
+        assert_eq!(self.status, status, "stdout: {:?}\nstderr: {}", self.out(), self.stderr);
+        assert!(!self.stderr.contains("bug in Bantam") || status == 101, "{}", self.stderr);
+        self
+    }
+
+    /// Stdout is exactly `text`.
+    #[track_caller]
+    pub fn printed(&self, text: &str) -> &Self {
+        assert_eq!(self.out(), text, "stderr: {}", self.stderr);
+        self
+    }
+
+    /// Stderr contains `text`.
+    #[track_caller]
+    pub fn said(&self, text: &str) -> &Self {
+        assert!(self.stderr.contains(text), "{text:?} is not in: {}", self.stderr);
+        self
+    }
+
+    /// Stderr does not contain `text`.
+    #[track_caller]
+    pub fn never_said(&self, text: &str) -> &Self {
+        assert!(!self.stderr.contains(text), "{text:?} is in: {}", self.stderr);
+        self
+    }
+
+    /// Stderr is empty.
+    #[track_caller]
+    pub fn said_nothing(&self) -> &Self {
+        assert_eq!(self.stderr, "");
+        self
+    }
+
+    /// An error in the contract's form: `bantam: what: why`, at most a hint after it, nothing on stdout.
+    #[track_caller]
+    pub fn refused(&self, status: i32) -> &Self {
+        self.expect(status).printed("");
+        let lines: Vec<_> = self.stderr.lines().collect();
+        let form = match lines.as_slice() {
+            [line] => line.starts_with("bantam: "),
+            [line, hint] => line.starts_with("bantam: ") && hint.starts_with("hint: "),
+            _ => false,
+        };
+        assert!(form, "not the form of an error: {}", self.stderr);
+        self
+    }
+
+    /// The lines of the trace, without their numbers.
+    pub fn trace(&self) -> Vec<String> {
+        let line = |l: &str| l.split_once(" cpu").and_then(|(_, l)| l.split_once(' ')).map(|(_, l)| l.to_owned());
+        self.stderr.lines().filter_map(line).collect()
+    }
+}
+
+/// A run to be.
+pub struct Run {
+    command: Command,
+    input: Vec<u8>,
+    hold_stdin: bool,
+}
+
+/// `bantam` with words separated by spaces.
+pub fn bantam(words: &str) -> Run {
+    Run::of(&program(), words.split_whitespace().map(OsString::from))
+}
+
+/// `bantam run` of the guest `bytes`, kept in a file for the while.
+pub struct File(pub tempfile::TempPath);
+
+impl File {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+pub fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    File(file.into_temp_path())
+}
+
+/// Runs guest bytes with these words.
+pub fn run_bytes(bytes: &[u8], words: &str) -> Outcome {
+    let guest = file(bytes);
+    bantam("run").arg(guest.path()).words(words).run()
+}
+
+impl Run {
+    pub fn of(program: &Path, words: impl IntoIterator<Item = OsString>) -> Self {
+        let mut command = Command::new(program);
+        command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self { command, input: Vec::new(), hold_stdin: false }
+    }
+
+    pub fn arg(mut self, word: impl AsRef<std::ffi::OsStr>) -> Self {
+        self.command.arg(word);
+        self
+    }
+
+    pub fn words(mut self, words: &str) -> Self {
+        self.command.args(words.split_whitespace());
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// What stdin gives, and then its end.
+    pub fn input(mut self, bytes: &[u8]) -> Self {
+        self.input = bytes.to_vec();
+        self.command.stdin(Stdio::piped());
+        self
+    }
+
+    /// Stdin stays open and silent.
+    pub fn silent_stdin(mut self) -> Self {
+        self.hold_stdin = true;
+        self.command.stdin(Stdio::piped());
+        self
+    }
+
+    pub fn command(&mut self) -> &mut Command {
+        &mut self.command
+    }
+
+    pub fn start(mut self) -> Started {
+        let start = Instant::now();
+        let mut child = self.command.spawn().unwrap_or_else(|e| panic!("{:?}: {e}", self.command));
+        let mut stdin = child.stdin.take();
+        let held = if self.hold_stdin { stdin.take() } else { None };
+        let input = std::mem::take(&mut self.input);
+        let feeder = std::thread::spawn(move || stdin.map(|mut s| s.write_all(&input).is_ok()));
+        let out = reader(child.stdout.take());
+        let err = reader(child.stderr.take());
+        Started { child, start, held, feeder: Some(feeder), out, err }
+    }
+
+    pub fn run(self) -> Outcome {
+        self.start().wait()
+    }
+}
+
+type Reader = Option<std::thread::JoinHandle<Vec<u8>>>;
+
+fn reader(from: Option<impl Read + Send + 'static>) -> Reader {
+    from.map(|mut from| {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = from.read_to_end(&mut bytes);
+            bytes
+        })
+    })
+}
+
+/// A run that is on.
+pub struct Started {
+    pub child: Child,
+    start: Instant,
+    held: Option<std::process::ChildStdin>,
+    feeder: Option<std::thread::JoinHandle<Option<bool>>>,
+    out: Reader,
+    err: Reader,
+}
+
+impl Started {
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// A number of `/proc/PID/status`, in the unit that it has there.
+    pub fn proc_status(&self, field: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = text.lines().find(|l| l.starts_with(field)).unwrap_or_else(|| panic!("no {field} in {text}"));
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    pub fn wait(mut self) -> Outcome {
+        let status = loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status,
+                None if self.start.elapsed() > PATIENCE => {
+                    let _ = self.child.kill();
+                    let _ = self.child.wait();
+                    panic!("still running after {PATIENCE:?}: {}", self.collect(-1).stderr);
+                }
+                None => std::thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        use std::os::unix::process::ExitStatusExt;
+        let status = status.code().unwrap_or_else(|| -status.signal().unwrap_or(0));
+        self.collect(status)
+    }
+
+    fn collect(&mut self, status: i32) -> Outcome {
+        let took = self.start.elapsed();
+        drop(self.held.take());
+        let get = |reader: &mut Reader| reader.take().map_or_else(Vec::new, |r| r.join().unwrap());
+        let (stdout, stderr) = (get(&mut self.out), get(&mut self.err));
+        drop(self.feeder.take());
+        Outcome { status, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned(), took }
+    }
+}
+
+/// Says loudly that the calling test does not run.
+pub fn skipped(why: &str) {
+    let name = std::thread::current().name().unwrap_or("a test").to_owned();
+    let line = format!("SKIPPED: {name}: {why}\n");
+    // Not eprint: the harness would swallow it.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(path) = std::env::var_os("BANTAM_SKIP_LOG")
+        && let Ok(mut log) = std::fs::OpenOptions::new().create(true).append(true).open(path)
+    {
+        let _ = log.write_all(line.as_bytes());
+    }
+}
+
+/// Whether `/dev/kvm` is there; where it must be and is not, the test fails.
+pub fn kvm() -> bool {
+    let there = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        assert!(std::env::var_os("BANTAM_REQUIRE_KVM").is_none_or(|v| v != "1"), "/dev/kvm is required and not usable");
+        skipped("/dev/kvm is not usable");
+    }
+    there
+}
+
+/// Whether a program is there.
+pub fn have(name: &str) -> bool {
+    let found = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).exists()));
+    if !found {
+        skipped(&format!("the program {name} is not installed"));
+    }
+    found
+}
+
+/// Whether this runs as root.
+pub fn root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skipped("not root");
+    }
+    root
+}
+
+/// KVM here runs guest code by emulating it instruction by instruction (the `kvm_pvm` module).
+pub fn kvm_emulates() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists() || {
+        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        !flags.contains("vmx") && !flags.contains("svm")
+    }
+}

@@ -1,0 +1,183 @@
+//! Limits, signals, the terminal: how a person or a script keeps hold of a machine.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod common;
+use std::time::{Duration, Instant};
+
+use common::{Run, bantam, file, have, kvm, program};
+
+/// `jmp $` with interrupts off.
+const SPIN: &[u8] = &[0xfa, 0xeb, 0xfe];
+
+fn spin() -> Run {
+    // The file must outlive the run's start; leaking it in a test is harmless.
+    let guest = file(SPIN);
+    let run = bantam("run").arg(guest.path());
+    std::mem::forget(guest);
+    run
+}
+
+#[test]
+fn a_timeout_ends_with_124() {
+    if !kvm() {
+        return;
+    }
+    let outcome = spin().words("--timeout 0.3").run();
+    outcome.expect(124).printed("").said("--timeout");
+    assert!(outcome.took >= Duration::from_millis(300) && outcome.took < Duration::from_secs(3));
+}
+
+#[test]
+fn max_exits_counts_the_exits_of_all_cpus() {
+    if !kvm() {
+        return;
+    }
+    let outcome = bantam("example counter --max-exits 3").run();
+    outcome.expect(124);
+    assert_eq!(outcome.trace().len(), 3);
+}
+
+#[test]
+fn until_ends_with_0_when_its_text_has_been_shown() {
+    if !kvm() {
+        return;
+    }
+    bantam("example hello-long --until long").run().expect(0).printed("Hello from long");
+    bantam("example add --until 9").run().expect(0).printed("4\n");
+}
+
+#[test]
+fn signals_end_a_spinning_machine_at_once() {
+    if !kvm() {
+        return;
+    }
+    for (name, status) in [("TERM", 143), ("INT", 130), ("HUP", 129), ("QUIT", 131)] {
+        let run = spin().start();
+        std::thread::sleep(Duration::from_millis(150));
+        let start = Instant::now();
+        run.signal(name);
+        run.wait().expect(status).printed("");
+        assert!(start.elapsed() < Duration::from_millis(500), "{name}: {:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn a_machine_stopped_by_the_shell_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let run = spin().words("--timeout 2").start();
+    std::thread::sleep(Duration::from_millis(150));
+    run.signal("TSTP");
+    std::thread::sleep(Duration::from_millis(150));
+    let state = std::fs::read_to_string(format!("/proc/{}/stat", run.pid())).unwrap();
+    assert!(state.contains(") T "), "{state}");
+    run.signal("CONT");
+    run.wait().expect(124);
+}
+
+#[test]
+fn vcpus_have_threads_with_names() {
+    if !kvm() {
+        return;
+    }
+    let guest = guests::find("smp-spin").unwrap();
+    let image = file((guest.image)());
+    let run = bantam("run").arg(image.path()).words(&guest.words.join(" ")).start();
+    std::thread::sleep(Duration::from_millis(300));
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", run.pid())).unwrap();
+    let mut names: Vec<_> = tasks.map(|t| std::fs::read_to_string(t.unwrap().path().join("comm")).unwrap()).collect();
+    names.sort();
+    run.signal("TERM");
+    run.wait().expect(143);
+    assert_eq!(names, ["bantam\n", "vcpu0\n", "vcpu1\n", "vcpu2\n", "vcpu3\n"]);
+}
+
+/// A shell on a terminal of its own; `typed` is what a person types, each after a pause.
+fn on_terminal(command: &str, typed: &[&str]) -> String {
+    use std::io::Write;
+    let mut child = std::process::Command::new("script")
+        .args(["-qec", command, "/dev/null"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    for text in typed {
+        std::thread::sleep(Duration::from_millis(700));
+        stdin.write_all(text.as_bytes()).unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    drop(stdin);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_console_keys_work_and_the_terminal_is_restored() {
+    if !kvm() || !have("script") {
+        return;
+    }
+    let bantam = program().display().to_string();
+    let command = format!("stty -a; {bantam} example echo; echo status=$?; stty -a");
+    let shown = on_terminal(&command, &["hi", "\x01h", "\x01x"]);
+    assert!(shown.contains("hi") && shown.contains("ctrl-a x") && shown.contains("status=0"), "{shown}");
+    let flags: Vec<_> = shown.lines().filter(|l| l.contains("isig")).collect();
+    assert_eq!(flags.len(), 2, "{shown}");
+    assert!(flags[0] == flags[1] && !flags[0].contains("-isig"), "{flags:?}");
+}
+
+#[test]
+fn ctrl_c_ends_a_machine_that_does_not_listen() {
+    if !kvm() || !have("script") {
+        return;
+    }
+    let guest = file(SPIN);
+    let command = format!("{} run {}; echo status=$?", program().display(), guest.path().display());
+    let shown = on_terminal(&command, &["\x03"]);
+    assert!(shown.contains("status=130"), "{shown}");
+}
+
+#[test]
+fn a_trace_goes_to_a_file_if_asked() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trace");
+    bantam(&format!("example add --trace={}", path.display())).run().expect(0).said_nothing();
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.lines().count() == 3 && text.contains("     1 cpu0 out 0x03f8 ← 0x34 (1 bytes, serial.THR)\n"), "{text}");
+}
+
+#[test]
+fn a_config_file_makes_the_same_machine() {
+    if !kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("machine.toml");
+    std::fs::write(&path, "memory = \"4K\"\nram-base = 0x1000\nreg = [\"rax=2\", \"rbx=3\"]\n").unwrap();
+    let guest = file((guests::find("add").unwrap().image)());
+    bantam(&format!("run --config {}", path.display())).arg(guest.path()).run().expect(0).printed("5\n");
+}
+
+#[test]
+fn layout_prints_the_map() {
+    let map = bantam("layout --memory 4G --cpu-mode long").run();
+    map.expect(0).said_nothing();
+    let golden = include_str!("golden/layout-4g-long.txt");
+    assert_eq!(map.out(), golden);
+    assert_eq!(bantam("layout --irqchip none --memory 1M").run().expect(0).out(), include_str!("golden/layout-1m-none.txt"));
+}
+
+#[test]
+fn help_version_completions_and_manual_are_there() {
+    for words in ["--help", "run --help", "--version", "completions bash", "man", "example --help"] {
+        let outcome = bantam(words).run();
+        outcome.expect(0).said_nothing();
+        assert!(outcome.out().len() > 10, "{words}");
+        assert!(words == "man" || !outcome.out().contains('\x1b'), "{words}: colours without a terminal");
+    }
+    assert!(bantam("run --help").run().out().contains("ctrl-a x"));
+}
