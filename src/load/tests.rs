@@ -187,7 +187,7 @@ fn options_that_mean_nothing_for_the_format_are_refused_by_both_names() {
     let two = Elf::with(true, &multiboot2(&[])).build();
     for (bytes, name, options) in [
         (&flat, "a flat binary", &["--cmdline", "--initrd"][..]),
-        (&elf, "a 64-bit ELF", &["--cmdline", "--initrd", "--load-at", "--entry", "--cpu-mode"]),
+        (&elf, "an ELF64 file", &["--cmdline", "--initrd", "--load-at", "--entry", "--cpu-mode"]),
         (&one, "a multiboot 1 kernel", &["--ram-base", "--load-at", "--entry", "--cpu-mode"]),
         (&two, "a multiboot 2 kernel", &["--ram-base", "--load-at", "--entry", "--cpu-mode"]),
     ] {
@@ -228,12 +228,9 @@ fn inspect_says_what_was_found() {
         assert!(text(&bytes).lines().all(|line| line.contains(": ")), "{}", text(&bytes));
     }
     let elf = text(&Elf::new(true).build());
-    for fact in [
-        "format: a 64-bit ELF",
-        "architecture: x86-64",
-        "entry: 0x100001",
-        "segment 1: 0x0000102000..=0x00001020ff r-x",
-    ] {
+    for fact in
+        ["format: ELF64 file", "architecture: x86-64", "entry: 0x100001", "segment 1: 0x0000102000..=0x00001020ff r-x"]
+    {
         assert!(elf.contains(fact), "{elf}");
     }
     assert!(text(&each()[3].1).contains("asks for: memory map (tag 6)"), "{}", text(&each()[3].1));

@@ -17,8 +17,12 @@ use crate::vcpu::{Flag, Idle, Vcpu};
 const SIGNALS: u64 = 10;
 const BELL: u64 = 11;
 
-/// How often idle CPUs are looked for: two looks to see that a CPU is idle, one for its answer, make 0.6 s.
-const LOOK: Duration = Duration::from_millis(200);
+/// How often idle CPUs are looked for: soon in a machine's life, so that a short guest is not waited for, then less and
+/// less. Two looks show that a CPU is idle, a third takes its answer: at most half a second in all.
+const FIRST_LOOK: Duration = Duration::from_millis(10);
+const LAST_LOOK: Duration = Duration::from_millis(200);
+/// How long a kicked CPU is given to answer.
+const ANSWER: Duration = Duration::from_millis(5);
 /// How long the last output may wait for its reader when the guest ended by itself, and when a person ended it.
 const PATIENCE: Duration = Duration::from_secs(1);
 const IMPATIENCE: Duration = Duration::from_millis(30);
@@ -94,7 +98,9 @@ fn signal(life: &Life, streams: &Streams) -> Option<End> {
 /// that has used no CPU time since the last look is kicked, once, and looks at itself.
 struct Watch<'a> {
     cpus: Vec<Watched<'a>>,
+    /// When to look; never for a machine whose CPUs halt with an exit.
     next: Option<Instant>,
+    pause: Duration,
 }
 
 struct Watched<'a> {
@@ -115,7 +121,8 @@ impl<'a> Watch<'a> {
     fn new(machine: &'a Machine<Running>) -> Self {
         let pairs = machine.state.workers.iter().zip(&machine.state.flags);
         let cpus = pairs.map(|(worker, flag)| Watched { worker, flag, used: None, state: Seen::Busy }).collect();
-        Self { cpus, next: machine.halts_in_kvm().then(|| Instant::now() + LOOK) }
+        let next = machine.halts_in_kvm().then(|| Instant::now() + FIRST_LOOK);
+        Self { cpus, next, pause: FIRST_LOOK }
     }
 
     /// Looks, if it is time to.
@@ -123,9 +130,12 @@ impl<'a> Watch<'a> {
         if self.next.is_none_or(|at| at > now) {
             return false;
         }
-        self.next = Some(now + LOOK);
         // Every CPU is looked at, whatever the others do.
-        self.cpus.iter_mut().fold(true, |all, cpu| cpu.is_halted() && all)
+        let all = self.cpus.iter_mut().fold(true, |all, cpu| cpu.is_halted() && all);
+        self.pause = LAST_LOOK.min(self.pause * 2);
+        let asked = self.cpus.iter().any(|cpu| cpu.state == Seen::Asked);
+        self.next = Some(now + if asked { ANSWER } else { self.pause });
+        all
     }
 }
 
@@ -142,17 +152,11 @@ impl Watched<'_> {
             }
             Seen::Asked => match self.flag.seen() {
                 Idle::Unknown => Seen::Asked,
-                seen => return self.answered(seen),
+                seen => Seen::Is(seen),
             },
             Seen::Is(seen) if idle => Seen::Is(seen),
             Seen::Busy | Seen::Is(_) => Seen::Busy,
         };
         self.state == Seen::Is(Idle::ForGood)
-    }
-
-    /// An answer counts only if the CPU has stayed idle since: the next look will tell.
-    fn answered(&mut self, seen: Idle) -> bool {
-        self.state = Seen::Is(seen);
-        seen == Idle::ForGood
     }
 }

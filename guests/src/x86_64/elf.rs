@@ -6,81 +6,44 @@
 /// After the headers: prints a line, then whether the 4 KiB that begin at the end of the segment's file part are zero.
 /// The instructions mean the same in protected and in long mode.
 macro_rules! hello_and_bss {
-    ($name:literal, $bits:literal) => {
-        concat!(
-            $name,
-            "_start:
-            mov esi, offset ",
-            $name,
-            "_hello_at
-            mov ecx, offset ",
-            $name,
-            "_hello_size
+    () => {
+        r#"
+    .macro hello_and_bss bits
+    .set elf_at_start\bits, elf_start\bits - elf_image\bits + 0x100000
+    .set elf_at_hello\bits, elf_hello\bits - elf_image\bits + 0x100000
+    .set elf_at_clean\bits, elf_clean\bits - elf_image\bits + 0x100000
+    .set elf_at_dirty\bits, elf_dirty\bits - elf_image\bits + 0x100000
+    .set elf_at_bss\bits, elf_bss\bits - elf_image\bits + 0x100000
+    .set elf_hello_size\bits, elf_clean\bits - elf_hello\bits
+    .set elf_file_size\bits, elf_bss\bits - elf_image\bits
+    elf_start\bits:
             mov edx, 0x3f8
+            mov esi, offset elf_at_hello\bits
+            mov ecx, offset elf_hello_size\bits
             rep outsb
             xor eax, eax
-            mov edi, offset ",
-            $name,
-            "_bss_at
+            mov edi, offset elf_at_bss\bits
             mov ecx, 1024
-            repe scasd                          // leaves the zero flag clear at the first that is not 0
-            mov esi, offset ",
-            $name,
-            "_clean_at
-            mov ecx, 12
-            je ",
-            $name,
-            "_tell
-            mov esi, offset ",
-            $name,
-            "_dirty_at
+            repe scasd              // stops at the first four bytes that are not zero
+            mov esi, offset elf_at_clean\bits
+            mov ecx, 12             // mov leaves the flags as they are
+            je elf_tell\bits
+            mov esi, offset elf_at_dirty\bits
             mov ecx, 16
-            ",
-            $name,
-            "_tell:
+    elf_tell\bits:
             rep outsb
             cli
             hlt
-            ",
-            $name,
-            "_hello: .ascii \"Hello from a ",
-            $bits,
-            "-bit ELF file\\n\"
-            ",
-            $name,
-            "_clean: .ascii \"bss is zero\\n\"
-            ",
-            $name,
-            "_dirty: .ascii \"bss is not zero\\n\"
-            ",
-            $name,
-            "_bss:
-            .fill 64, 1, 0xcc                   // in the file, but not of the segment
-            .irp word, hello, clean, dirty, bss, start
-            .set ",
-            $name,
-            "_\\word\\()_at, ",
-            $name,
-            "_\\word - guest_",
-            $name,
-            " + 0x100000
-            .endr
-            .set ",
-            $name,
-            "_hello_size, ",
-            $name,
-            "_clean - ",
-            $name,
-            "_hello
-            .set ",
-            $name,
-            "_file_size, ",
-            $name,
-            "_bss - guest_",
-            $name,
-            "
-            "
-        )
+    elf_hello\bits:
+            .ascii "Hello from a \bits-bit ELF file\n"
+    elf_clean\bits:
+            .ascii "bss is zero\n"
+    elf_dirty\bits:
+            .ascii "bss is not zero\n"
+    elf_bss\bits:
+            .fill 64, 1, 0xcc       // in the file, but not in the segment
+    .endm
+        "#
     };
 }
 
@@ -89,20 +52,23 @@ guest! {
     elf32,
     r#"
     .code32
+    elf_image32:
             .byte 0x7f
             .ascii "ELF"
             .byte 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0            // 32 bits, little-endian, version 1
             .word 2, 3                                          // e_type EXEC, e_machine 386
-            .long 1, elf32_start_at                             // e_version, e_entry
+            .long 1, elf_at_start32                             // e_version, e_entry
             .long 52, 0, 0                                      // e_phoff, e_shoff, e_flags
             .word 52, 32, 1, 0, 0, 0                            // e_ehsize, e_phentsize, e_phnum, no sections
 
             .long 1, 0                                          // p_type LOAD, p_offset
             .long 0x100000, 0x100000                            // p_vaddr, p_paddr
-            .long elf32_file_size, elf32_file_size + 4096       // p_filesz, p_memsz
+            .long elf_file_size32, elf_file_size32 + 4096       // p_filesz, p_memsz
             .long 7, 4096                                       // p_flags read, write, execute; p_align
     "#,
-    hello_and_bss!("elf32", "32"),
+    hello_and_bss!(),
+    "hello_and_bss 32",
+    ".purgem hello_and_bss",
 }
 
 guest! {
@@ -110,22 +76,25 @@ guest! {
     elf64,
     r#"
     .code64
+    elf_image64:
             .byte 0x7f
             .ascii "ELF"
             .byte 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0            // 64 bits, little-endian, version 1
             .word 2, 62                                         // e_type EXEC, e_machine x86-64
             .long 1                                             // e_version
-            .quad elf64_start_at, 64, 0                         // e_entry, e_phoff, e_shoff
+            .quad elf_at_start64, 64, 0                         // e_entry, e_phoff, e_shoff
             .long 0                                             // e_flags
             .word 64, 56, 1, 0, 0, 0                            // e_ehsize, e_phentsize, e_phnum, no sections
 
             .long 1, 7                                          // p_type LOAD, p_flags read, write, execute
             .quad 0                                             // p_offset
             .quad 0x100000, 0x100000                            // p_vaddr, p_paddr
-            .quad elf64_file_size, elf64_file_size + 4096       // p_filesz, p_memsz
+            .quad elf_file_size64, elf_file_size64 + 4096       // p_filesz, p_memsz
             .quad 4096                                          // p_align
     "#,
-    hello_and_bss!("elf64", "64"),
+    hello_and_bss!(),
+    "hello_and_bss 64",
+    ".purgem hello_and_bss",
 }
 
 #[cfg(test)]

@@ -36,12 +36,11 @@ macro_rules! guest {
     };
 }
 
-/// Starts both interrupt controllers (8259A): IRQ 0 is vector 0x20, and only the IRQs whose bit in `$mask` is 0 get
-/// through.
+/// Starts both interrupt controllers (8259A): IRQ 0 is vector 0x20, and every IRQ is masked. The guest then writes the
+/// mask it wants to port 0x21.
 macro_rules! start_pic {
-    ($mask:literal) => {
-        concat!(
-            "
+    () => {
+        r#"
             mov al, 0x11            // ICW1: edge-triggered, cascaded, ICW4 follows
             out 0x20, al
             out 0xa0, al
@@ -56,14 +55,10 @@ macro_rules! start_pic {
             mov al, 1               // ICW4: 8086 mode
             out 0x21, al
             out 0xa1, al
-            mov al, 0xff            // OCW1: the masks
-            out 0xa1, al
-            mov al, ",
-            $mask,
-            "
+            mov al, 0xff            // OCW1: the mask
             out 0x21, al
-            "
-        )
+            out 0xa1, al
+        "#
     };
 }
 

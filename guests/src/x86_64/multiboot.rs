@@ -3,142 +3,89 @@
 //! Both are loaded at 1 MiB by the addresses in their headers and entered in protected mode, with a magic number in eax
 //! and the address of the boot loader's information in ebx. Both print the same.
 
-/// What both kernels say, and how: strings that end in a zero, and numbers of 64 bits.
+/// What both kernels say, and how: strings that end in a zero, and numbers of 64 bits. `talk 1` makes the labels end
+/// in 1.
 macro_rules! talk {
-    ($name:literal) => {
-        concat!(
-            ".irp word, wrong, magic, loader, line, memory, plus, type, module
-            .set ",
-            $name,
-            "_\\word\\()_at, ",
-            $name,
-            "_\\word - guest_",
-            $name,
-            " + 0x100000
-            .endr
-            ",
-            $name,
-            "_say:                    // the string at esi; dx is the serial port
+    () => {
+        r#"
+    .macro talk v
+    .set mb_at_wrong\v, mb_wrong\v - mb_image\v + 0x100000
+    .set mb_at_magic\v, mb_magic\v - mb_image\v + 0x100000
+    .set mb_at_loader\v, mb_loader\v - mb_image\v + 0x100000
+    .set mb_at_line\v, mb_line\v - mb_image\v + 0x100000
+    .set mb_at_memory\v, mb_memory\v - mb_image\v + 0x100000
+    .set mb_at_plus\v, mb_plus\v - mb_image\v + 0x100000
+    .set mb_at_type\v, mb_type\v - mb_image\v + 0x100000
+    .set mb_at_module\v, mb_module\v - mb_image\v + 0x100000
+    mb_say\v:                               // the string at esi; dx is the serial port
             lodsb
             test al, al
-            jz ",
-            $name,
-            "_said
+            jz mb_said\v
             out dx, al
-            jmp ",
-            $name,
-            "_say
+            jmp mb_say\v
 
-            ",
-            $name,
-            "_number:                 // the eight bytes at esi, in hexadecimal; clobbers ecx
+    mb_number\v:                            // the eight bytes at esi, in hexadecimal; clobbers ecx
             push ebx
             mov ecx, 8
-            ",
-            $name,
-            "_byte:
+    mb_byte\v:
             mov bl, byte ptr [esi + ecx - 1]
             mov al, bl
             shr al, 4
-            call ",
-            $name,
-            "_digit
+            call mb_digit\v
             mov al, bl
             and al, 15
-            call ",
-            $name,
-            "_digit
+            call mb_digit\v
             dec ecx
-            jnz ",
-            $name,
-            "_byte
+            jnz mb_byte\v
             pop ebx
-            ",
-            $name,
-            "_said:
+    mb_said\v:
             ret
 
-            ",
-            $name,
-            "_digit:
+    mb_digit\v:
             cmp al, 10
-            jb ",
-            $name,
-            "_decimal
+            jb mb_decimal\v
             add al, 'a' - '0' - 10
-            ",
-            $name,
-            "_decimal:
+    mb_decimal\v:
             add al, '0'
             out dx, al
             ret
 
-            ",
-            $name,
-            "_range:                  // the memory map's entry at edi: base, length, type
-            mov esi, offset ",
-            $name,
-            "_memory_at
-            call ",
-            $name,
-            "_say
+    mb_range\v:                             // the memory map's entry at edi: base, length, type
+            mov esi, offset mb_at_memory\v
+            call mb_say\v
             mov esi, edi
-            call ",
-            $name,
-            "_number
-            mov esi, offset ",
-            $name,
-            "_plus_at
-            call ",
-            $name,
-            "_say
+            call mb_number\v
+            mov esi, offset mb_at_plus\v
+            call mb_say\v
             lea esi, [edi + 8]
-            call ",
-            $name,
-            "_number
-            mov esi, offset ",
-            $name,
-            "_type_at
-            call ",
-            $name,
-            "_say
+            call mb_number\v
+            mov esi, offset mb_at_type\v
+            call mb_say\v
             mov al, byte ptr [edi + 16]
-            call ",
-            $name,
-            "_digit
-            ",
-            $name,
-            "_newline:
+            call mb_digit\v
+    mb_newline\v:
             mov al, 0x0a
             out dx, al
             ret
 
-            ",
-            $name,
-            "_wrong:  .asciz \"magic wrong\\n\"
-            ",
-            $name,
-            "_magic:  .asciz \"magic right\\n\"
-            ",
-            $name,
-            "_loader: .asciz \"loader: \"
-            ",
-            $name,
-            "_line:   .asciz \"command line: \"
-            ",
-            $name,
-            "_memory: .asciz \"memory: 0x\"
-            ",
-            $name,
-            "_plus:   .asciz \" + 0x\"
-            ",
-            $name,
-            "_type:   .asciz \", type \"
-            ",
-            $name,
-            "_module: .asciz \"module: \"
-            "
-        )
+    mb_wrong\v:
+            .asciz "magic wrong\n"
+    mb_magic\v:
+            .asciz "magic right\n"
+    mb_loader\v:
+            .asciz "loader: "
+    mb_line\v:
+            .asciz "command line: "
+    mb_memory\v:
+            .asciz "memory: 0x"
+    mb_plus\v:
+            .asciz " + 0x"
+    mb_type\v:
+            .asciz ", type "
+    mb_module\v:
+            .asciz "module: "
+    .endm
+        "#
     };
 }
 
@@ -151,6 +98,7 @@ guest! {
     .set multiboot_stack_top, multiboot_load_end + 0x1000
     .set multiboot_entry, multiboot_start - guest_multiboot + 0x100000
     .code32
+    mb_image1:
             .long 0x1badb002, multiboot_flags, -(0x1badb002 + multiboot_flags)
             .long 0x100000                          // where this header is
             .long 0x100000                          // where loading starts,
@@ -158,23 +106,24 @@ guest! {
             .long multiboot_stack_top               // and where zeroed memory ends
             .long multiboot_entry
     multiboot_start:
+            cld
             mov esp, offset multiboot_stack_top
             mov edx, 0x3f8
-            mov esi, offset multiboot_wrong_at
+            mov esi, offset mb_at_wrong1
             cmp eax, 0x2badb002
             jne multiboot_last_word
-            mov esi, offset multiboot_magic_at
-            call multiboot_say
+            mov esi, offset mb_at_magic1
+            call mb_say1
 
             test dword ptr [ebx], 0x200             // a flag for each thing that the loader tells
             jz multiboot_try_line
-            mov esi, offset multiboot_loader_at
+            mov esi, offset mb_at_loader1
             mov edi, dword ptr [ebx + 64]
             call multiboot_pair
     multiboot_try_line:
             test dword ptr [ebx], 4
             jz multiboot_try_memory
-            mov esi, offset multiboot_line_at
+            mov esi, offset mb_at_line1
             mov edi, dword ptr [ebx + 16]
             call multiboot_pair
     multiboot_try_memory:
@@ -187,7 +136,7 @@ guest! {
             cmp edi, ebp
             jae multiboot_try_modules
             add edi, 4                              // the entry follows its size, which does not count itself
-            call multiboot_range
+            call mb_range1
             add edi, dword ptr [edi - 4]
             jmp multiboot_next_range
     multiboot_try_modules:
@@ -198,25 +147,27 @@ guest! {
     multiboot_next_module:
             test ebp, ebp
             jz multiboot_end
-            mov esi, offset multiboot_module_at
+            mov esi, offset mb_at_module1
             mov edi, dword ptr [ebx + 8]
             call multiboot_pair
             add ebx, 16
             dec ebp
             jmp multiboot_next_module
     multiboot_last_word:
-            call multiboot_say
+            call mb_say1
     multiboot_end:
             cli
             hlt
 
     multiboot_pair:                                 // the strings at esi and edi, a line
-            call multiboot_say
+            call mb_say1
             mov esi, edi
-            call multiboot_say
-            jmp multiboot_newline
+            call mb_say1
+            jmp mb_newline1
     "#,
-    talk!("multiboot"),
+    talk!(),
+    "talk 1",
+    ".purgem talk",
 }
 
 guest! {
@@ -228,6 +179,7 @@ guest! {
     .set multiboot2_entry, multiboot2_start - guest_multiboot2 + 0x100000
     .set multiboot2_header_size, multiboot2_start - guest_multiboot2
     .code32
+    mb_image2:
             .long 0xe85250d6, 0, multiboot2_header_size         // 0: for a PC, in protected mode
             .long 0x100000000 - 0xe85250d6 - multiboot2_header_size
             .word 1, 0                              // information that must be there:
@@ -243,26 +195,27 @@ guest! {
             .word 0, 0                              // that is all
             .long 8
     multiboot2_start:
+            cld
             mov esp, offset multiboot2_stack_top
             mov edx, 0x3f8
-            mov esi, offset multiboot2_wrong_at
+            mov esi, offset mb_at_wrong2
             cmp eax, 0x36d76289
             jne multiboot2_last_word
-            mov esi, offset multiboot2_magic_at
-            call multiboot2_say
+            mov esi, offset mb_at_magic2
+            call mb_say2
 
             add ebx, 8                              // past the total size: tags of type, size and content
     multiboot2_next_tag:
             mov eax, dword ptr [ebx]
             lea edi, [ebx + 8]
-            mov esi, offset multiboot2_line_at
+            mov esi, offset mb_at_line2
             cmp eax, 1
             je multiboot2_text
-            mov esi, offset multiboot2_loader_at
+            mov esi, offset mb_at_loader2
             cmp eax, 2
             je multiboot2_text
             lea edi, [ebx + 16]                     // after start and end, or size and version of an entry
-            mov esi, offset multiboot2_module_at
+            mov esi, offset mb_at_module2
             cmp eax, 3
             je multiboot2_text
             cmp eax, 6
@@ -272,10 +225,10 @@ guest! {
             cli
             hlt
     multiboot2_text:
-            call multiboot2_say
+            call mb_say2
             mov esi, edi
-            call multiboot2_say
-            call multiboot2_newline
+            call mb_say2
+            call mb_newline2
             jmp multiboot2_skip
     multiboot2_map:
             mov ebp, dword ptr [ebx + 4]
@@ -283,7 +236,7 @@ guest! {
     multiboot2_next_range:
             cmp edi, ebp
             jae multiboot2_skip
-            call multiboot2_range
+            call mb_range2
             add edi, dword ptr [ebx + 8]
             jmp multiboot2_next_range
     multiboot2_skip:
@@ -292,11 +245,13 @@ guest! {
             and ebx, -8
             jmp multiboot2_next_tag
     multiboot2_last_word:
-            call multiboot2_say
+            call mb_say2
             cli
             hlt
     "#,
-    talk!("multiboot2"),
+    talk!(),
+    "talk 2",
+    ".purgem talk",
 }
 
 #[cfg(test)]

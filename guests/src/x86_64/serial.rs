@@ -38,8 +38,10 @@ guest! {
     .code16
             mov word ptr [4 * 0x24], offset echo_irq_handler_at     // the vector of IRQ 4; its segment is 0 already
     "#,
-    start_pic!("0xef"),
+    start_pic!(),
     r#"
+            mov al, 0xef            // all masked but IRQ 4, the serial port
+            out 0x21, al
             mov dx, 0x3fc
             mov al, 0x0b            // DTR, RTS and OUT2, which lets interrupts through
             out dx, al

@@ -79,78 +79,72 @@ guest! {
     "#
 }
 
-/// The start of all CPUs in real mode at page 8, with the code from the label `$first` up to the image's end.
+/// Starts all other CPUs in real mode with the code between the labels `all_start_HOW` and `all_end_HOW`.
 macro_rules! all_begin {
-    ($name:literal) => {
-        concat!(
-            ".set ",
-            $name,
-            "_first_at, ",
-            $name,
-            "_first - guest_",
-            $name,
-            " + 0x1000\n",
-            ".set ",
-            $name,
-            "_first_size, guest_",
-            $name,
-            "_end - ",
-            $name,
-            "_first\n",
-            ".code32
-            mov esi, offset ",
-            $name,
-            "_first_at
+    () => {
+        r#"
+    .macro all_begin how
+    .set all_at_\how, all_start_\how - all_image_\how + 0x1000
+    .set all_size_\how, all_end_\how - all_start_\how
+    .code32
+    all_image_\how:
+            mov esi, offset all_at_\how
             mov edi, 0x8000
-            mov ecx, offset ",
-            $name,
-            "_first_size
+            mov ecx, offset all_size_\how
             rep movsb
             mov ebx, 0xfee00000
             mov dword ptr [ebx + 0xf0], 0x1ff
             mov dword ptr [ebx + 0x300], 0xc4500
             mov dword ptr [ebx + 0x300], 0xc4608
-            mov edx, 0x3f8\n"
-        )
+    .endm
+        "#
     };
 }
 
 guest! {
     /// Every CPU prints `h` and halts with interrupts off.
     smp_halt_off,
-    all_begin!("smp_halt_off"),
+    all_begin!(),
     r#"
+            all_begin halt
+            .purgem all_begin
+            mov edx, 0x3f8
             mov al, 'h'
             out dx, al
             cli
             hlt
     .code16
-    smp_halt_off_first:
+    all_start_halt:
             mov dx, 0x3f8
             mov al, 'h'
             out dx, al
             cli
             hlt
+    all_end_halt:
     "#
 }
 
 guest! {
     /// Every CPU prints `s` and spins with interrupts off.
     smp_spin,
-    all_begin!("smp_spin"),
+    all_begin!(),
     r#"
+            all_begin spin
+            .purgem all_begin
+            mov edx, 0x3f8
             mov al, 's'
             out dx, al
             cli
-    smp_spin_0:
-            jmp smp_spin_0
+    all_spin_first:
+            jmp all_spin_first
     .code16
-    smp_spin_first:
+    all_start_spin:
             mov dx, 0x3f8
             mov al, 's'
             out dx, al
             cli
-    smp_spin_1:
-            jmp smp_spin_1
+    all_spin_others:
+            jmp all_spin_others
+    all_end_spin:
     "#
 }

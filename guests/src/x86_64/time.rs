@@ -9,8 +9,10 @@ guest! {
     .code16
             mov word ptr [4 * 0x20], offset timer_handler_at        // the vector of IRQ 0; its segment is 0 already
     "#,
-    start_pic!("0xfe"),
+    start_pic!(),
     r#"
+            mov al, 0xfe            // all masked but IRQ 0, the timer
+            out 0x21, al
             mov al, 0x34            // channel 0, low then high byte, mode 2: a tick at each end of the count
             out 0x43, al
             mov ax, 59659           // 1193182 Hz / 20

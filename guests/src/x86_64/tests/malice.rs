@@ -362,7 +362,7 @@ guest! {
 
 guest! {
     /// The device hole, with steps of a length that meets every alignment. Left out are the boot tables, which hold this
-    /// guest's own page tables, and KVM's pages below the last 256 KiB.
+    /// guest's own page tables, and KVM's own pages near 4 GiB.
     mmio_sweep, r#"
     .code64
             mov edi, 0xc0000000
