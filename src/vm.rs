@@ -78,7 +78,13 @@ fn permission_hint() -> Option<String> {
     let gid = metadata.gid().to_string();
     let group = groups.lines().find(|line| line.split(':').nth(2) == Some(gid.as_str()))?.split(':').next()?;
     let mode = metadata.mode() & 0o777;
-    Some(format!("it belongs to group {group}, mode {mode:04o}; join the group: usermod -aG {group} USER"))
+    let what = format!("it belongs to group {group}, mode {mode:04o}");
+    Some(match mode & 0o060 {
+        0o060 => format!("{what}; join the group: usermod -aG {group} USER"),
+        _ => {
+            format!("{what}, so that only its owner may; give it to a group: chgrp kvm {DEV_KVM}; chmod 0660 {DEV_KVM}")
+        }
+    })
 }
 
 /// The CPUID that KVM supports, asked once a process: each leaf is a trap on a virtual host.

@@ -46,16 +46,21 @@ extern "C" fn on_kick(_signal: i32) {
     }
 }
 
-/// Makes kicks of the calling thread set `immediate_exit`, the byte in `kvm_run`.
+/// Makes a kick harmless to a thread that runs no vCPU. Call before any thread is started that may be kicked: the
+/// signal would end the process.
 ///
 /// # Errors
 /// The host refuses the signal handler.
+pub fn handle_kicks() -> io::Result<()> {
+    handle(kick_signal(), on_kick, 0)
+}
+
+/// Makes kicks of the calling thread set `immediate_exit`, the byte in `kvm_run`.
 ///
 /// # Safety
 /// `immediate_exit` stays valid until [`forget_kicks`] is called on this thread, or the thread ends.
-pub unsafe fn watch_kicks(immediate_exit: *const AtomicU8) -> io::Result<()> {
+pub unsafe fn watch_kicks(immediate_exit: *const AtomicU8) {
     IMMEDIATE_EXIT.set(immediate_exit);
-    handle(kick_signal(), on_kick, 0)
 }
 
 /// The opposite of [`watch_kicks`].
@@ -198,10 +203,11 @@ mod tests {
     fn a_kick_sets_the_byte_of_the_kicked_thread_only() {
         use std::os::unix::thread::JoinHandleExt;
         static FLAG: AtomicU8 = AtomicU8::new(0);
+        handle_kicks().unwrap();
         let (send, receive) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             // SAFETY: a static lives for ever.
-            unsafe { watch_kicks(&raw const FLAG) }.unwrap();
+            unsafe { watch_kicks(&raw const FLAG) };
             send.send(()).unwrap();
             while FLAG.load(Ordering::Relaxed) == 0 {
                 std::thread::yield_now();

@@ -8,7 +8,7 @@ mod wait;
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use kvm_ioctls::Cap;
@@ -19,7 +19,7 @@ use crate::arch::{self, Layout};
 use crate::board::{self, Board};
 use crate::bus::Buses;
 use crate::config::{Config, IrqChip};
-use crate::error::{Refusal, refuse, status};
+use crate::error::{refuse, status};
 use crate::event::Worker;
 use crate::host::output::Bell;
 use crate::host::say::say;
@@ -29,6 +29,9 @@ use crate::memory::Memory;
 use crate::trace::{Off, Print};
 use crate::vcpu::{Flag, Stop, Vcpu, run_loop};
 use crate::vm::{Vm, kvm, supported_cpuid};
+
+/// How long a guest that dies and reboots is silent between two reports.
+const REPORT_PAUSE: Duration = Duration::from_secs(1);
 
 /// The CPUs are here.
 pub struct Paused {
@@ -119,13 +122,17 @@ impl Life {
 pub fn run(config: &Config, guest: &Guest) -> Result<End> {
     let life = Life::new(config)?;
     let mut streams = Streams::open(config)?;
+    let mut told: Option<Instant> = None;
     loop {
         let mut machine = build(config, &streams)?;
         machine.boot(guest)?;
-        let (mut machine, end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
+        let (machine, end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
         let again = config.reboot && end.is_reset();
-        if !again || end.is_shutdown() {
+        // A guest that dies again and again does not flood stderr.
+        let quiet = again && (!end.is_shutdown() || told.is_some_and(|at| at.elapsed() < REPORT_PAUSE));
+        if !quiet {
             machine.tell(&end);
+            told = Some(Instant::now());
         }
         if !again {
             return Ok(end);
@@ -188,6 +195,7 @@ impl Machine<Paused> {
     /// The host has no thread left.
     pub fn resume(self, life: &Life, streams: &Streams) -> Result<Machine<Running>> {
         let Self { state, config, layout, memory, board, vm } = self;
+        sys::handle_kicks().context("the signal that kicks a CPU")?;
         let ended = Arc::new(OnceLock::new());
         let flags: Vec<_> = state.vcpus.iter().map(|_| Flag::new(life.exits_left.clone())).collect();
         let print = streams.trace().map(Print::new);
@@ -213,7 +221,7 @@ impl Machine<Paused> {
     }
 
     /// Says on stderr what a person should know of the end.
-    fn tell(&mut self, end: &End) {
+    fn tell(&self, end: &End) {
         let text = match end {
             End::Guest(cpu, Stop::Died(fault)) => crate::report::death(*cpu, fault, &self.state.vcpus, &self.memory),
             End::Guest(_, Stop::Halted { interrupts: true }) => {
@@ -265,10 +273,10 @@ impl Cpu {
     fn run(mut self) -> Vcpu {
         #[cfg(debug_assertions)]
         crate::host::fault::inject("vcpu");
-        let stop = match (self.vcpu.adopt(&self.flag), self.print) {
-            (Err(e), _) => died("sigaction", &e.to_string()),
-            (Ok(()), None) => run_loop(&mut self.vcpu, &self.buses, &self.flag, &mut Off),
-            (Ok(()), Some(mut print)) => run_loop(&mut self.vcpu, &self.buses, &self.flag, &mut print),
+        self.vcpu.adopt(&self.flag);
+        let stop = match self.print {
+            None => run_loop(&mut self.vcpu, &self.buses, &self.flag, &mut Off),
+            Some(mut print) => run_loop(&mut self.vcpu, &self.buses, &self.flag, &mut print),
         };
         if stop == Stop::Asked {
             self.vcpu.settle(&self.buses);
@@ -280,10 +288,6 @@ impl Cpu {
         self.bell.ring();
         self.vcpu
     }
-}
-
-fn died(name: &str, detail: &str) -> Stop {
-    Stop::Died(crate::bus::FaultInfo { name: name.into(), detail: detail.into(), bytes: Vec::new() })
 }
 
 impl<S> Machine<S> {
@@ -306,9 +310,4 @@ impl<S> Machine<S> {
     fn halts_in_kvm(&self) -> bool {
         self.config.irqchip != Some(IrqChip::None)
     }
-}
-
-/// A refusal for what a later version will do.
-pub fn not_yet(what: &str) -> Refusal {
-    refuse(format!("{what}: not yet"))
 }

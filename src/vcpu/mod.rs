@@ -227,15 +227,11 @@ impl Vcpu {
     }
 
     /// Makes the calling thread the one that runs this vCPU and that `flag` speaks of.
-    ///
-    /// # Errors
-    /// The host refuses the handler of kicks.
-    pub fn adopt(&mut self, flag: &Flag) -> io::Result<()> {
+    pub fn adopt(&mut self, flag: &Flag) {
         let byte = (&raw mut self.fd.get_kvm_run().immediate_exit).cast::<AtomicU8>();
         // SAFETY: the byte lies in the mapping that `self.fd` keeps; `release` is called before the vCPU leaves.
-        unsafe { sys::watch_kicks(byte)? };
+        unsafe { sys::watch_kicks(byte) };
         flag.thread.store(sys::thread_id().unsigned_abs(), Ordering::Relaxed);
-        Ok(())
     }
 
     /// The opposite of [`Vcpu::adopt`], on the same thread.

@@ -1,0 +1,381 @@
+//! What happens when things go wrong: one test for each promised row (`pNN` in its name).
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod common;
+use std::time::Duration;
+
+use common::{Outcome, Run, bantam, file, have, kvm, program, root, skipped};
+
+const SPIN: &[u8] = &[0xfa, 0xeb, 0xfe];
+
+fn example(name: &str) -> Run {
+    bantam("example").arg(name)
+}
+
+/// A guest that only tests use, with its own words; its file lives as long as the returned value.
+fn test_guest(name: &str) -> (Run, common::File) {
+    let guest = guests::find(name).unwrap();
+    let file = file((guest.image)());
+    (bantam("run").arg(file.path()).words(&guest.words.join(" ")), file)
+}
+
+fn wrapped(by: &str, words: &str) -> Run {
+    Run::of(by.as_ref(), words.split_whitespace().map(Into::into)).arg(program())
+}
+
+#[test]
+fn p01_no_dev_kvm() {
+    if !root() || !have("unshare") {
+        return;
+    }
+    let script = format!("mount -t tmpfs none /dev && exec {} example add 2>&1 >&3", program().display());
+    let words = ["-m", "sh", "-c", &format!("exec 3>&1; {script}")].map(Into::into);
+    let outcome = Run::of("unshare".as_ref(), words).run();
+    outcome.expect(125);
+    assert!(
+        outcome.out().contains("bantam: cannot open /dev/kvm: No such file") && outcome.out().contains("modprobe kvm"),
+        "{}",
+        outcome.out()
+    );
+    assert!(outcome.took < Duration::from_secs(2));
+}
+
+#[test]
+fn p02_no_permission() {
+    if !kvm() || !root() || !have("setpriv") {
+        return;
+    }
+    use std::os::unix::fs::PermissionsExt;
+    if std::fs::metadata("/dev/kvm").unwrap().permissions().mode() & 0o006 == 0o006 {
+        return skipped("everyone may open /dev/kvm here");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let copy = dir.path().join("bantam");
+    std::fs::copy(program(), &copy).unwrap();
+    for command in ["example add", "check"] {
+        let words = ["--reuid=65534", "--regid=65534", "--clear-groups"].map(Into::into);
+        let outcome = Run::of("setpriv".as_ref(), words).arg(&copy).words(command).run();
+        outcome.refused(125).said("Permission denied").said("group").said("mode 0");
+    }
+}
+
+/// The calls of one run of `add`, as strace prints them, of all threads.
+fn calls(filter: &str) -> Vec<String> {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let words = format!("-f -qq -e trace={filter} -o {}", log.path().display());
+    wrapped("strace", &words).words("example add").run().expect(0);
+    std::fs::read_to_string(log.path()).unwrap().lines().map(str::to_owned).collect()
+}
+
+/// Which `ioctl` of the main thread is the first one named `name`, counted from 1.
+fn ioctl_number(name: &str) -> usize {
+    let calls = calls("ioctl");
+    let main = calls.first().and_then(|l| l.split_whitespace().next()).unwrap().to_owned();
+    calls
+        .iter()
+        .filter(|l| l.starts_with(&main))
+        .position(|l| l.contains(name))
+        .unwrap_or_else(|| panic!("no {name} in {calls:?}"))
+        + 1
+}
+
+/// `add` with a fault put into its system calls.
+fn injected(fault: &str) -> Outcome {
+    wrapped("strace", &format!("-f -qq -o /dev/null -e inject={fault}")).words("example add").run()
+}
+
+#[test]
+fn p03_another_api_version_or_a_missing_capability() {
+    if !kvm() || !have("strace") {
+        return;
+    }
+    let number = ioctl_number("KVM_GET_API_VERSION");
+    injected(&format!("ioctl:retval=11:when={number}")).refused(125).said("API version 11");
+    injected(&format!("ioctl:error=ENOTTY:when={number}")).refused(125).said("API version");
+    let number = ioctl_number("KVM_CAP_USER_MEMORY");
+    injected(&format!("ioctl:retval=0:when={number}")).refused(125).said("KVM_CAP_USER_MEMORY");
+    let number = ioctl_number("KVM_CAP_SYNC_REGS");
+    injected(&format!("ioctl:retval=0:when={number}")).expect(0).printed("4\n");
+}
+
+#[test]
+fn p04_create_vm_is_interrupted_or_refused() {
+    if !kvm() || !have("strace") {
+        return;
+    }
+    let number = ioctl_number("KVM_CREATE_VM");
+    injected(&format!("ioctl:error=EINTR:when={number}..{}", number + 2)).expect(0).printed("4\n");
+    injected(&format!("ioctl:error=EINTR:when={number}..{}", number + 9)).refused(125).said("KVM_CREATE_VM");
+    for error in ["EBUSY", "ENOMEM"] {
+        injected(&format!("ioctl:error={error}:when={number}")).refused(125).said("KVM_CREATE_VM");
+    }
+}
+
+#[test]
+fn p05_kvm_run_fails() {
+    if !kvm() || !have("strace") {
+        return;
+    }
+    // strace counts per thread: only the vCPU's own thread makes 21 calls on the vCPU's descriptor, one per character.
+    let run = |error: &str| {
+        let words = format!("-f -qq -o /dev/null -P anon_inode:kvm-vcpu:0 -e inject=ioctl:error={error}:when=21");
+        wrapped("strace", &words).words("example hello-long").run()
+    };
+    for error in ["EINTR", "EAGAIN"] {
+        run(error).expect(0).printed("Hello from long mode\n");
+    }
+    for error in ["EFAULT", "EINVAL", "ENOSYS"] {
+        run(error).expect(126).said("KVM_RUN").said("rip ");
+    }
+}
+
+/// Each system call of a run fails once, with each of these errors: all of them in the soak, a sample in CI.
+#[test]
+fn p06_any_system_call_fails() {
+    if !kvm() || !have("strace") {
+        return;
+    }
+    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    let (mut random, count) = (number("BANTAM_SOAK_SEED", 1), number("BANTAM_SOAK_COUNT", 40));
+    let mut cases = Vec::new();
+    let mut seen = std::collections::BTreeMap::<String, u32>::new();
+    for line in calls("all") {
+        let name = line.split_whitespace().nth(1).and_then(|w| w.split('(').next()).unwrap_or_default().to_owned();
+        let known = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') && !name.is_empty();
+        if known && !["execve", "exit", "exit_group"].contains(&name.as_str()) {
+            *seen.entry(name).or_default() += 1;
+        }
+    }
+    for (name, calls) in &seen {
+        for when in 1..=*calls {
+            for error in ["EIO", "ENOMEM", "ENOSPC", "EINTR", "EAGAIN", "EMFILE"] {
+                cases.push(format!("{name}:error={error}:when={when}"));
+            }
+        }
+    }
+    assert!(cases.len() > 200, "{seen:?}");
+    for _ in 0..count.min(cases.len() as u64) {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let case = cases.swap_remove(usize::try_from(random >> 33).unwrap() % cases.len());
+        let outcome = injected(&case);
+        // What fails before `main` begins is the C library's to answer.
+        let before_main =
+            outcome.stderr.contains("fatal runtime error") || (outcome.stderr.is_empty() && outcome.status == 127);
+        let honest = match outcome.status {
+            0 => outcome.out() == "4\n" || !outcome.stderr.is_empty(),
+            124..=126 => outcome.stderr.starts_with("bantam: ") || outcome.stderr.starts_with("vCPU"),
+            _ => before_main,
+        };
+        assert!(honest, "{case}: {outcome:?}");
+    }
+}
+
+#[test]
+fn p07_few_descriptors_or_little_address_space() {
+    if !kvm() || !have("prlimit") {
+        return;
+    }
+    for limit in (3..=24).chain([32, 48, 64]) {
+        let outcome = wrapped("prlimit", &format!("--nofile={limit}")).words("example add").run();
+        match outcome.status {
+            0 => outcome.printed("4\n"),
+            _ => outcome.refused(125),
+        };
+    }
+    for megabytes in [8, 16, 32, 64, 128, 256] {
+        let words = format!("--as={}", megabytes << 20);
+        let outcome = wrapped("prlimit", &words).words("example add").run();
+        match outcome.status {
+            0 => outcome.printed("4\n"),
+            _ => outcome.expect(125),
+        };
+    }
+}
+
+#[test]
+fn p08_no_memory_for_the_guest() {
+    if !kvm() || !have("prlimit") {
+        return;
+    }
+    wrapped("prlimit", "--as=300000000").words("example add --memory 1G").run().refused(125).said("RAM");
+}
+
+#[test]
+fn p16_a_triple_fault_reports_every_cpu() {
+    if !kvm() {
+        return;
+    }
+    let outcome = example("crash").words("--cpus 2 --irqchip kernel").run();
+    outcome.expect(126).said("KVM_EXIT_SHUTDOWN").said("vCPU 0").said("\nvCPU 1").said("rip ").said("cr3 ");
+    if !std::path::Path::new("/sys/module/kvm_amd").exists() {
+        outcome.said("0x100a").said("00000deadbeef000").said("bytes there: 48 8b 03");
+    }
+    let outcome = example("crash").words("--reboot --timeout 0.7").run();
+    outcome.expect(124).said("KVM_EXIT_SHUTDOWN");
+    assert_eq!(outcome.stderr.matches("the guest died").count(), 1, "one report a second");
+}
+
+#[test]
+fn p17_an_instruction_that_kvm_cannot_emulate() {
+    if !kvm() {
+        return;
+    }
+    let (run, _file) = test_guest("vex");
+    let outcome = run.run();
+    outcome.expect(126);
+    if common::kvm_emulates() {
+        outcome.said("KVM_EXIT_INTERNAL_ERROR").said("suberror 1").said("c5 f8 77");
+    }
+}
+
+#[test]
+fn p18_a_guest_that_spins_answers_to_a_signal() {
+    if !kvm() {
+        return;
+    }
+    for name in ["spin-real", "spin-long", "smp-spin"] {
+        let (run, _file) = test_guest(name);
+        let run = run.start();
+        std::thread::sleep(Duration::from_millis(200));
+        let start = std::time::Instant::now();
+        run.signal("TERM");
+        run.wait().expect(143);
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+}
+
+#[test]
+fn p20_accesses_that_nobody_answers() {
+    if !kvm() {
+        return;
+    }
+    let (run, _file) = test_guest("mmio-edge");
+    run.run().expect(1).said("no device answers");
+    for name in ["ports-sweep", "mmio-sweep"] {
+        let (run, _file) = test_guest(name);
+        let outcome = run.run();
+        assert!(outcome.expect(0).stdout.ends_with(b"swept\n"));
+        assert!(outcome.stderr.lines().count() <= 1, "{}", outcome.stderr);
+    }
+    let (run, _file) = test_guest("outs-huge");
+    let run = run.start();
+    std::thread::sleep(Duration::from_millis(300));
+    run.signal("TERM");
+    let outcome = run.wait();
+    outcome.expect(143);
+    assert!(outcome.took < Duration::from_secs(3));
+}
+
+#[test]
+fn p30_a_reader_that_does_not_read_or_has_gone() {
+    use std::io::Read;
+    if !kvm() {
+        return;
+    }
+    let start = |lines: u32| {
+        let (run, file) = test_guest("print-1m");
+        let mut run = run.words(&format!("--reg rbx={lines}"));
+        let child = run.command().spawn().unwrap();
+        (child, file)
+    };
+    // More than the pipe and our buffers hold: 3,600 lines of 64 bytes.
+    let (mut child, _file) = start(3600);
+    let status = child.wait().unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(status.success() && said.contains("bytes of output were lost"), "{status} {said}");
+    // A reader that has gone.
+    let (mut child, _file) = start(20);
+    drop(child.stdout.take());
+    let status = child.wait().unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(status.success() && said.contains("1280 bytes of output were lost"), "{status} {said}");
+}
+
+#[test]
+fn p30_a_slow_reader_loses_nothing() {
+    use std::io::Read;
+    if !kvm() {
+        return;
+    }
+    let (run, _file) = test_guest("print-1m");
+    let mut run = run.words("--reg rbx=3600");
+    let mut child = run.command().spawn().unwrap();
+    let mut out = child.stdout.take().unwrap();
+    let mut all = Vec::new();
+    let mut part = [0; 16 << 10];
+    loop {
+        std::thread::sleep(Duration::from_millis(100));
+        match out.read(&mut part).unwrap() {
+            0 => break,
+            count => all.extend_from_slice(&part[..count]),
+        }
+    }
+    assert!(child.wait().unwrap().success());
+    assert_eq!(all.len(), 3600 * 64);
+    assert!(all.chunks(64).all(|line| line == &all[..64]));
+}
+
+#[test]
+fn p31_a_flood_on_stdin_stays_with_its_sender() {
+    if !kvm() {
+        return;
+    }
+    let (run, _file) = test_guest("serial-flood-read");
+    let mut run = run;
+    run.command().stdin(std::fs::File::open("/dev/zero").unwrap());
+    let run = run.start();
+    std::thread::sleep(Duration::from_millis(800));
+    let before = run.proc_status("VmRSS");
+    std::thread::sleep(Duration::from_millis(800));
+    let after = run.proc_status("VmRSS");
+    let io = std::fs::read_to_string(format!("/proc/{}/io", run.pid())).unwrap();
+    let read: u64 = io.lines().find_map(|l| l.strip_prefix("rchar: ")).unwrap().parse().unwrap();
+    run.signal("TERM");
+    run.wait().expect(143);
+    assert!(after < before + 1024, "{before} kB, then {after} kB");
+    assert!(read < 4 << 20, "{read} bytes were read for a guest that took a few thousand");
+}
+
+#[test]
+fn p36_a_bug_ends_the_process_and_says_so() {
+    if !kvm() {
+        return;
+    }
+    if !cfg!(debug_assertions) {
+        return skipped("faults on purpose are in debug builds only");
+    }
+    let outcome = example("add").env("BANTAM_TEST_FAULT", "vcpu:panic").run();
+    outcome.expect(101).said("bantam: this is a bug in Bantam: asked for");
+    let outcome = example("add").env("BANTAM_TEST_FAULT", "vcpu:overflow").run();
+    outcome.expect(139).said("bantam: killed by signal 11");
+}
+
+#[test]
+fn p36_a_crash_signal_is_reported() {
+    if !kvm() {
+        return;
+    }
+    let guest = file(SPIN);
+    for (name, number) in [("SEGV", 11), ("BUS", 7), ("ILL", 4), ("SYS", 31)] {
+        let run = bantam("run").arg(guest.path()).start();
+        std::thread::sleep(Duration::from_millis(100));
+        run.signal(name);
+        run.wait().expect(128 + number).said(&format!("bantam: killed by signal {number:02}"));
+    }
+}
+
+#[test]
+fn p37_a_broken_pipe_signal_is_ignored() {
+    if !kvm() {
+        return;
+    }
+    let guest = file(SPIN);
+    let run = bantam("run").arg(guest.path()).words("--timeout 0.5").start();
+    std::thread::sleep(Duration::from_millis(100));
+    run.signal("PIPE");
+    run.wait().expect(124);
+}
