@@ -154,10 +154,11 @@ fn work(job: &Job, count: u64, path: &Path, progress: &mut Progress) -> Result<O
         let start = Instant::now();
         let status = status(&mut command)?;
         progress.seconds += start.elapsed().as_secs_f64();
-        if INTERRUPTED.load(Ordering::Relaxed) {
-            return Ok(Outcome::Cut);
-        }
+        let interrupted = INTERRUPTED.load(Ordering::Relaxed);
         if !status.success() {
+            if interrupted {
+                return Ok(Outcome::Cut);
+            }
             print!("{}", fs::read_to_string(&log).unwrap_or_default());
             let again = format!("BANTAM_SOAK_SEED={seed} BANTAM_SOAK_COUNT={chunk} {}", job.command.join(" "));
             println!("soak: {}: {status}; to see it again: {again}", job.name);
@@ -169,6 +170,9 @@ fn work(job: &Job, count: u64, path: &Path, progress: &mut Progress) -> Result<O
         progress.done += chunk;
         progress.store(path)?;
         println!("soak: {}: {} of {count}, {:.0} s", job.name, progress.done, progress.seconds);
+        if interrupted && progress.done < count {
+            return Ok(Outcome::Cut);
+        }
     }
     Ok(Outcome::Done)
 }

@@ -21,13 +21,21 @@ use subject::{Guest, SIDES, Side};
 /// Words of `cargo xtask bench`.
 #[derive(clap::Args)]
 pub struct Words {
-    /// How often each side runs each guest; under 30 the table says that it is not to be quoted
+    /// How often each side runs each guest (`add` ten times as often); under 30 the table says that it is not to be quoted
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
     /// Measure the floor against itself: how far the ratios are from 1 is what they are worth on this machine
     #[arg(long)]
     itself: bool,
+    /// Measure these lines of the table only, as in 1,5
+    #[arg(long, value_name = "LINES", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=5))]
+    lines: Vec<u8>,
 }
+
+/// `add` takes milliseconds, where the others take a second: it runs this many times as often.
+const SHORT: u32 = 10;
+
+const NOT_COUNTED: &str = "no strace: nothing counted";
 
 /// Times of one side, in nanoseconds.
 #[derive(Debug, Default, Clone)]
@@ -106,46 +114,50 @@ impl PerExit {
 /// Measures and prints.
 pub fn run(words: &Words) -> Result<ExitCode> {
     subject::prepare(words.itself)?;
-    let strace = sh::require("strace", "strace");
-    for side in SIDES {
-        for guest in [Guest::Add, Guest::None, Guest::Serial] {
+    let wanted = |line: u8| words.lines.is_empty() || words.lines.contains(&line);
+    for (line, guest) in [(1, Guest::Add), (2, Guest::None), (3, Guest::Serial)] {
+        for side in SIDES.into_iter().filter(|_| wanted(line)) {
             side.verify(guest, words.itself).context("before any timing")?;
         }
     }
-    let add = interleaved(Guest::Add, words)?;
-    let none = interleaved(Guest::None, words)?.per_exit(&add);
-    let serial = interleaved(Guest::Serial, words)?.per_exit(&add);
-    let inside = inside(words.itself)?;
-
+    let counted = if sh::require("strace", "strace") { Some(count(words.itself)?) } else { None };
+    let inside = if wanted(2) || wanted(3) || wanted(4) { inside(words.itself)? } else { String::new() };
     println!("\n{}\n", machine(words));
     println!("| min / p50 / p99 | Bantam | floor | ratio, min / p50 | promised | counted |\n|---|---|---|---|---|---|");
-    let counted = if strace { Some(count(words.itself)?) } else { None };
-    let cell = |text: Option<String>| text.unwrap_or_else(|| "no strace: nothing counted".into());
-    let calls = cell(counted.as_ref().map(|c| {
-        let sides = |f: fn(&Calls) -> u64| format!("{} (floor {})", f(&c.add), f(&c.floor));
-        format!("system calls {}; KVM ioctls {}", sides(|c| c.all), sides(|c| c.kvm.values().sum()))
-    }));
-    println!("{} | {calls} |", add.line("1. `add`, process start to process end, ms", 1e6, 3, 1.10));
-    let many = |calls: Option<f64>, key| calls.map(|calls| PerExit { calls, allocations: value(&inside, key) }.cell());
-    let (quiet, talk) = (counted.as_ref().map(|c| c.none), counted.as_ref().map(|c| c.serial));
-    let cells = [cell(many(quiet, "allocations-none")), cell(many(talk, "allocations-serial"))];
-    println!("{} | {} |", none.line("2. one of 100,000 `out` to no device, µs", 1e3, 3, 1.05), cells[0]);
-    println!("{} | {} |", serial.line("3. one of 100,000 `out` to the 16550, µs", 1e3, 3, 1.05), cells[1]);
-    println!("| 4. `dispatch` through the full bus, ns | {} | — | — | reported | |", dispatch(&inside));
-    println!("{}\n", memory_line(words.itself)?);
-    if let Some(counted) = counted {
+    let add = interleaved(Guest::Add, words.runs.saturating_mul(SHORT), words.itself)?;
+    if wanted(1) {
+        let calls = counted.as_ref().map_or(NOT_COUNTED.into(), Counted::run);
+        println!("{} | {calls} |", add.line("1. `add`, process start to process end, ms", 1e6, 3, 1.10));
+    }
+    let exits = [
+        (2, Guest::None, "2. one of 100,000 `out` to no device, µs", "allocations-none"),
+        (3, Guest::Serial, "3. one of 100,000 `out` to the 16550, µs", "allocations-serial"),
+    ];
+    for (line, guest, name, key) in exits.into_iter().filter(|(line, ..)| wanted(*line)) {
+        let pair = interleaved(guest, words.runs, words.itself)?.per_exit(&add);
+        let calls = counted.as_ref().map(|c| if line == 2 { c.none } else { c.serial });
+        let cell = calls.map(|calls| PerExit { calls, allocations: value(&inside, key) }.cell());
+        println!("{} | {} |", pair.line(name, 1e3, 3, 1.05), cell.as_deref().unwrap_or(NOT_COUNTED));
+    }
+    if wanted(4) {
+        println!("| 4. `dispatch` through the full bus, ns | {} | — | — | reported | |", dispatch(&inside));
+    }
+    if wanted(5) {
+        println!("{}", memory_line(words.itself)?);
+    }
+    if let Some(counted) = counted.filter(|_| wanted(1)) {
         let (table, unjustified) = calls::table(&counted.add, &counted.floor);
-        println!("{table}\n{unjustified} KVM ioctls without a justification");
+        println!("\n{table}\n{unjustified} KVM ioctls without a justification");
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Both sides in turns; the first turn of each warms caches and does not count.
-fn interleaved(guest: Guest, words: &Words) -> Result<Pair> {
+fn interleaved(guest: Guest, runs: u32, itself: bool) -> Result<Pair> {
     let mut pair = Pair::default();
-    for round in 0..=words.runs {
+    for round in 0..=runs {
         for side in SIDES {
-            let mut command = side.command(guest, words.itself);
+            let mut command = side.command(guest, itself);
             let start = Instant::now();
             let status = command.status()?;
             let time = start.elapsed();
@@ -164,6 +176,14 @@ struct Counted {
     floor: Calls,
     none: f64,
     serial: f64,
+}
+
+impl Counted {
+    /// The calls of one run, both sides.
+    fn run(&self) -> String {
+        let sides = |f: fn(&Calls) -> u64| format!("{} (floor {})", f(&self.add), f(&self.floor));
+        format!("system calls {}; KVM ioctls {}", sides(|c| c.all), sides(|c| c.kvm.values().sum()))
+    }
 }
 
 fn count(itself: bool) -> Result<Counted> {
@@ -236,12 +256,13 @@ fn machine(words: &Words) -> String {
     let few = if words.runs < 30 { " (fewer than 30: not to be quoted)" } else { "" };
     let itself = if words.itself { "; THE FLOOR AGAINST ITSELF" } else { "" };
     format!(
-        "{cpus} × {cpu}, Linux {kernel}, {}, load {}; {}, commit {}; {} runs{few}, sides taking turns{itself}.",
+        "{cpus} × {cpu}, Linux {kernel}, {}, load {}; {}, commit {}; {} runs{few} ({} of `add`), sides taking turns{itself}.",
         module.unwrap_or("KVM built in"),
         first("/proc/loadavg", "").split(' ').next().unwrap_or(""),
         sh::date(),
         sh::commit(),
         words.runs,
+        words.runs.saturating_mul(SHORT),
     )
 }
 
