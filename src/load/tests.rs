@@ -70,6 +70,8 @@ fn a_file_cut_short_anywhere_is_refused() {
         for cut in from..last {
             let refused = run(&[], &bytes[..cut]).expect_err(name);
             assert_eq!(refused.status, 125, "{name} cut to {cut}: {}", refused.text);
+            // Before a machine is built.
+            assert!(identify(Image::from_bytes("cut", bytes[..cut].to_vec())).is_err());
         }
         // Shorter ones are something else, if anything; they do not panic.
         for cut in 0..from {
@@ -93,6 +95,7 @@ fn segments_that_cannot_be_are_refused_with_their_ranges() {
     refused(&["--memory", "4K", "--ram-base", "0x800000"], &with(&|_| ()), 125, &["outside RAM, 0x800000..=0x800fff"]);
     refused(&[], &with(&|e| e.parts[1].paddr = u64::MAX - 0xfe), 125, &["2^64"]);
     refused(&[], &with(&|e| e.parts[1].memory = u64::MAX), 125, &["2^64"]);
+    refused(&[], &with(&|e| e.parts[1].memory = 0), 125, &["0x4 bytes in the file, 0x0 in memory"]);
     refused(&[], &with(&|e| e.parts[1].memory = 3), 125, &["0x4 bytes in the file, 0x3 in memory"]);
     refused(&[], &with(&|e| e.parts.iter_mut().for_each(|p| p.kind = 2)), 125, &["no segment to load"]);
     refused(&[], &with(&|e| e.parts.clear()), 125, &["no program headers"]);
@@ -211,6 +214,11 @@ fn machines_that_cannot_be_are_refused() {
         refused(&["--irqchip", "split"], &bytes, 125, &["not yet"]);
         refused(&["--reg", "xyz=1"], &bytes, 2, &["xyz"]);
         refused(&["--reg", "rip=0x1000000000000000"], &bytes, 2, &["rip"]);
+    }
+    let flat = identify(Image::builtin("flat", &[0xf4])).unwrap();
+    for words in [["--reg", "xyz=1"], ["--entry", "0x10000"]] {
+        let error = settle(&config(&words), &flat).unwrap_err();
+        assert_eq!(crate::error::verdict(&error).0, 2, "before a machine is built");
     }
     let with_nul = Config { cmdline: Some("a\0b".into()), ..config(&[]) };
     let kernel = Elf::with(false, &multiboot1(0, &[])).build();
