@@ -29,8 +29,17 @@ pub struct Elf {
     pub wide: bool,
     /// What to load.
     pub program: Program,
-    /// It says that it is Linux.
-    pub linux: bool,
+    /// What its notes say that it is for.
+    pub system: Option<System>,
+}
+
+/// Who an ELF is by its notes, where that makes it no guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum System {
+    /// A Linux kernel.
+    Linux,
+    /// A program for an operating system.
+    Program,
 }
 
 /// The file is an ELF, as far as its first four bytes say.
@@ -115,17 +124,23 @@ fn program_headers(image: &Image, header: &FileHeader<LittleEndian>) -> Result<V
     (all.len() == count).then_some(all).context("its program headers are broken")
 }
 
-/// A note of the owner "Linux" is in every Linux kernel since 2007 (include/linux/elfnote.h). A broken note is none.
-fn is_linux(image: &Image, header: &FileHeader<LittleEndian>, programs: &[ProgramHeader]) -> bool {
+/// What a file's notes say. A broken note says nothing.
+///
+/// A note of the owner "Linux" is in every Linux kernel since 2007 (include/linux/elfnote.h). The GNU ABI tag comes with
+/// the C library's start files: a program that has it calls an operating system, even where it is linked statically.
+fn system(image: &Image, header: &FileHeader<LittleEndian>, programs: &[ProgramHeader]) -> Option<System> {
     let mut budget = NOTES;
-    programs.iter().filter(|p| p.p_type == abi::PT_NOTE).any(|note| {
+    programs.iter().filter(|p| p.p_type == abi::PT_NOTE).find_map(|note| {
         let size = note.p_filesz.min(budget);
         budget -= size;
         let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+        image.read_at(note.p_offset, &mut bytes).ok()?;
         let align = if note.p_align == 8 { 8 } else { 4 };
-        image.read_at(note.p_offset, &mut bytes).is_ok()
-            && NoteIterator::new(LittleEndian, header.class, align, &bytes)
-                .any(|note| matches!(note, Note::Unknown(any) if any.name == b"Linux\0"))
+        NoteIterator::new(LittleEndian, header.class, align, &bytes).find_map(|note| match note {
+            Note::Unknown(any) if any.name == b"Linux\0" => Some(System::Linux),
+            Note::GnuAbiTag(_) => Some(System::Program),
+            _ => None,
+        })
     })
 }
 
@@ -157,6 +172,12 @@ fn entry(header: &FileHeader<LittleEndian>, programs: &[ProgramHeader]) -> u64 {
     programs.iter().filter(|p| p.p_type == abi::PT_LOAD).find_map(physical).unwrap_or(header.e_entry)
 }
 
+/// An ELF that cannot run on a bare machine.
+pub fn program_of_a_system(why: &str) -> Refusal {
+    refuse(format!("this ELF is a program for an operating system ({why}), not a bare-metal guest"))
+        .hint("link a guest statically, with no standard library and no start files")
+}
+
 /// Reads the headers of an ELF file whose first bytes are `head`.
 ///
 /// # Errors
@@ -166,9 +187,7 @@ pub fn read(image: &Image, head: &[u8]) -> Result<Elf> {
     check_kind(&header)?;
     let programs = program_headers(image, &header)?;
     if programs.iter().any(|p| p.p_type == abi::PT_INTERP) {
-        return Err(refuse("this ELF is a program for an operating system (it names a dynamic linker), not a guest")
-            .hint("link a guest statically, with no standard library")
-            .into());
+        return Err(program_of_a_system("it names a dynamic linker").into());
     }
     let segments = segments(&programs)?;
     if segments.is_empty() {
@@ -185,5 +204,5 @@ pub fn read(image: &Image, head: &[u8]) -> Result<Elf> {
         entry_size: header.e_shentsize,
         names: header.e_shstrndx,
     });
-    Ok(Elf { wide: header.class == Class::ELF64, program, linux: is_linux(image, &header, &programs) })
+    Ok(Elf { wide: header.class == Class::ELF64, program, system: system(image, &header, &programs) })
 }

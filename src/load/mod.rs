@@ -137,8 +137,10 @@ fn format(image: &Image) -> Result<Format> {
         return Ok(Format::Multiboot1 { header, program });
     }
     let Some(elf) = elf else { return Ok(Format::Flat) };
-    if elf.linux {
-        return Err(linux::not_yet("a Linux kernel (vmlinux)").into());
+    match elf.system {
+        Some(elf::System::Linux) => return Err(linux::not_yet("a Linux kernel (vmlinux)").into()),
+        Some(elf::System::Program) => return Err(elf::program_of_a_system("it has a GNU ABI tag").into()),
+        None => {}
     }
     elf.program.check_entry()?;
     Ok(if elf.wide { Format::Elf64(elf.program) } else { Format::Elf32(elf.program) })

@@ -70,6 +70,8 @@ fn a_file_cut_short_anywhere_is_refused() {
         for cut in from..last {
             let refused = run(&[], &bytes[..cut]).expect_err(name);
             assert_eq!(refused.status, 125, "{name} cut to {cut}: {}", refused.text);
+            // Before a machine is built.
+            assert!(identify(Image::from_bytes("cut", bytes[..cut].to_vec())).is_err());
         }
         // Shorter ones are something else, if anything; they do not panic.
         for cut in 0..from {
@@ -93,6 +95,7 @@ fn segments_that_cannot_be_are_refused_with_their_ranges() {
     refused(&["--memory", "4K", "--ram-base", "0x800000"], &with(&|_| ()), 125, &["outside RAM, 0x800000..=0x800fff"]);
     refused(&[], &with(&|e| e.parts[1].paddr = u64::MAX - 0xfe), 125, &["2^64"]);
     refused(&[], &with(&|e| e.parts[1].memory = u64::MAX), 125, &["2^64"]);
+    refused(&[], &with(&|e| e.parts[1].memory = 0), 125, &["0x4 bytes in the file, 0x0 in memory"]);
     refused(&[], &with(&|e| e.parts[1].memory = 3), 125, &["0x4 bytes in the file, 0x3 in memory"]);
     refused(&[], &with(&|e| e.parts.iter_mut().for_each(|p| p.kind = 2)), 125, &["no segment to load"]);
     refused(&[], &with(&|e| e.parts.clear()), 125, &["no program headers"]);
@@ -149,19 +152,24 @@ fn other_architectures_and_other_kinds_of_elf_are_named() {
     refused(&[], &big[..16], 125, &["big-endian"]);
 }
 
+/// An ELF with one note.
+fn with_note(owner: &[u8], kind: u32, size: u32) -> Vec<u8> {
+    let mut bytes: Vec<u8> = [owner.len() as u32, size, kind].iter().flat_map(|w| w.to_le_bytes()).collect();
+    bytes.extend(owner);
+    bytes.resize(bytes.len().next_multiple_of(4) + 16, 0);
+    let mut elf = Elf::new(true);
+    elf.parts.push(Part { kind: 4, ..part(0x20_0000, &bytes) });
+    elf.build()
+}
+
 #[test]
-fn a_linux_kernel_is_recognised_by_its_notes_and_broken_notes_are_none() {
-    let note = |owner: &[u8; 8], size: u8| {
-        let header: Vec<u8> = [6u32, size.into(), 0x101].iter().flat_map(|w| w.to_le_bytes()).collect();
-        let bytes = [&header[..], owner, &[0; 4]].concat();
-        let mut elf = Elf::new(true);
-        elf.parts.push(Part { kind: 4, ..part(0x20_0000, &bytes) });
-        elf.build()
-    };
-    refused(&[], &note(b"Linux\0\0\0", 4), 125, &["Linux", "yet"]);
-    assert!(run(&[], &note(b"Other\0\0\0", 4)).is_ok());
-    assert!(run(&[], &note(b"Linux\0\0\0", 255)).is_ok());
-    let mut outside = note(b"Linux\0\0\0", 4);
+fn linux_and_its_programs_are_recognised_by_their_notes_and_broken_notes_are_none() {
+    refused(&[], &with_note(b"Linux\0", 0x101, 4), 125, &["Linux", "yet"]);
+    refused(&[], &with_note(b"GNU\0", 1, 16), 125, &["operating system"]);
+    for (owner, kind, size) in [(&b"Other\0"[..], 1, 4), (b"Linux\0", 1, 255), (b"GNU\0", 3, 16), (b"GNU\0", 1, 15)] {
+        run(&[], &with_note(owner, kind, size)).unwrap();
+    }
+    let mut outside = with_note(b"Linux\0", 0x101, 4);
     patch(&mut outside, 64 + 2 * 56 + 8, &[0xff; 8]);
     assert!(run(&[], &outside).is_ok());
 }
@@ -170,10 +178,10 @@ fn a_linux_kernel_is_recognised_by_its_notes_and_broken_notes_are_none() {
 fn sixty_thousand_segments_end_at_once() {
     let tiny = |n: u64| Part { memory: 1, ..part(0x10_0000 + 2 * n, b"x") };
     let elf = Elf { parts: (0..0xfffe).map(tiny).collect(), entry: 0x10_0000, ..Elf::new(true) };
-    let mut bytes = elf.build();
+    let bytes = elf.build();
     let begin = std::time::Instant::now();
     run(&[], &bytes).unwrap();
-    patch(&mut bytes, 18, &[3]);
+    // The same number of notes, and the same segment again and again.
     let notes = Elf { parts: (0..0xfffe).map(|n| Part { kind: 4, ..tiny(n) }).collect(), ..Elf::new(true) };
     assert!(run(&[], &notes.build()).is_err());
     assert!(begin.elapsed().as_secs() < 20, "{:?}", begin.elapsed());
@@ -206,6 +214,11 @@ fn machines_that_cannot_be_are_refused() {
         refused(&["--irqchip", "split"], &bytes, 125, &["not yet"]);
         refused(&["--reg", "xyz=1"], &bytes, 2, &["xyz"]);
         refused(&["--reg", "rip=0x1000000000000000"], &bytes, 2, &["rip"]);
+    }
+    let flat = identify(Image::builtin("flat", &[0xf4])).unwrap();
+    for words in [["--reg", "xyz=1"], ["--entry", "0x10000"]] {
+        let error = settle(&config(&words), &flat).unwrap_err();
+        assert_eq!(crate::error::verdict(&error).0, 2, "before a machine is built");
     }
     let with_nul = Config { cmdline: Some("a\0b".into()), ..config(&[]) };
     let kernel = Elf::with(false, &multiboot1(0, &[])).build();
