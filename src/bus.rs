@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 pub use crate::config::Space;
+use crate::memory::Span;
 
 /// What a device asks of the machine in return for a register write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,19 +172,20 @@ impl Builder {
         DeviceId(self.devices.len() - 1)
     }
 
-    /// Lets a device answer at `[base, base + len)`; `offset` is the device's own offset of the first byte.
+    /// Lets a device answer at `at`; `offset` is the device's own offset of the first byte.
     ///
     /// # Errors
     /// An empty range, one that wraps, leaves the port space, or overlaps another device.
-    pub fn attach(&mut self, id: DeviceId, space: Space, base: u64, len: u64, offset: u64) -> anyhow::Result<()> {
+    pub fn attach(&mut self, id: DeviceId, space: Space, at: Span, offset: u64) -> anyhow::Result<()> {
         let limit = if space == Space::Pio { 0xffff } else { u64::MAX };
-        let last = len.checked_sub(1).and_then(|l| base.checked_add(l)).filter(|&l| l <= limit);
+        let base = at.start;
+        let last = Span::new(base, at.size).map(|span| span.last()).filter(|&last| last <= limit);
         let device = self.devices.get(id.0).ok_or_else(|| anyhow::anyhow!("no such device"))?;
         let (name, width) = {
             let device = lock(device);
             (device.name(), device.width())
         };
-        let Some(last) = last else { anyhow::bail!("{name} at {base:#x}: {len} bytes do not fit there") };
+        let Some(last) = last else { anyhow::bail!("{name} at {base:#x}: {} bytes do not fit there", at.size) };
         let ranges = if space == Space::Pio { &mut self.pio } else { &mut self.mmio };
         let at = ranges.partition_point(|r| r.base <= base);
         let clash = [at.checked_sub(1), Some(at)].into_iter().flatten().filter_map(|i| ranges.get(i));
@@ -198,15 +200,9 @@ impl Builder {
     ///
     /// # Errors
     /// As [`Builder::attach`].
-    pub fn place(
-        &mut self,
-        space: Space,
-        base: u64,
-        len: u64,
-        device: impl Device + 'static,
-    ) -> anyhow::Result<DeviceId> {
+    pub fn place(&mut self, space: Space, at: Span, device: impl Device + 'static) -> anyhow::Result<DeviceId> {
         let id = self.add(device);
-        self.attach(id, space, base, len, 0)?;
+        self.attach(id, space, at, 0)?;
         Ok(id)
     }
 
@@ -389,11 +385,13 @@ fn step(space: Space, addr: u64, by: usize) -> u64 {
 mod tests {
     use super::*;
 
+    type Log = Arc<Mutex<Vec<(u64, usize, Option<u64>)>>>;
+
     /// Four bytes of storage that remember how they were accessed.
     struct Cells {
         bytes: [u8; 4],
         width: usize,
-        log: Arc<Mutex<Vec<(u64, usize, Option<u64>)>>>,
+        log: Log,
     }
 
     impl Device for Cells {
@@ -430,13 +428,11 @@ mod tests {
         u64::from_le_bytes(bytes)
     }
 
-    type Log = Arc<Mutex<Vec<(u64, usize, Option<u64>)>>>;
-
     fn buses(width: usize) -> (Arc<Buses>, Log) {
         let log = Log::default();
         let mut builder = Builder::default();
         let cells = Cells { bytes: [0x11, 0x22, 0x33, 0x44], width, log: log.clone() };
-        builder.place(Space::Pio, 0x100, 4, cells).unwrap();
+        builder.place(Space::Pio, Span { start: 0x100, size: 4 }, cells).unwrap();
         (builder.finish(), log)
     }
 
@@ -512,14 +508,14 @@ mod tests {
         let (_, log) = buses(1);
         let cells = || Cells { bytes: [0; 4], width: 1, log: log.clone() };
         let mut builder = Builder::default();
-        builder.place(Space::Pio, 0x10, 4, cells()).unwrap();
+        builder.place(Space::Pio, Span { start: 0x10, size: 4 }, cells()).unwrap();
         for base in [0xd, 0x10, 0x12, 0x13] {
-            assert!(builder.place(Space::Pio, base, 4, cells()).is_err());
+            assert!(builder.place(Space::Pio, Span { start: base, size: 4 }, cells()).is_err());
         }
-        assert!(builder.place(Space::Pio, 0xfffe, 4, cells()).is_err());
-        assert!(builder.place(Space::Mmio, u64::MAX, 2, cells()).is_err());
-        assert!(builder.place(Space::Pio, 0x20, 0, cells()).is_err());
-        builder.place(Space::Mmio, u64::MAX, 1, cells()).unwrap();
-        builder.place(Space::Pio, 0xc, 4, cells()).unwrap();
+        assert!(builder.place(Space::Pio, Span { start: 0xfffe, size: 4 }, cells()).is_err());
+        assert!(builder.place(Space::Mmio, Span { start: u64::MAX, size: 2 }, cells()).is_err());
+        assert!(builder.place(Space::Pio, Span { start: 0x20, size: 0 }, cells()).is_err());
+        builder.place(Space::Mmio, Span { start: u64::MAX, size: 1 }, cells()).unwrap();
+        builder.place(Space::Pio, Span { start: 0xc, size: 4 }, cells()).unwrap();
     }
 }

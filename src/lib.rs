@@ -8,7 +8,7 @@
 //! 3. **Guest addresses are ABI.** A pure function of the configuration makes the map; golden tests pin it.
 //! 4. **The guest is an enemy.** What it does wrong is device behaviour, never an error, a panic or a loop of ours.
 //!
-//! The way through: words → [`config::Config`] → [`load::settle`] → [`arch::layout`] → [`memory::Memory`] →
+//! The way through: words → [`config::Config`] → [`load::settle`] → [`arch::layout()`] → [`memory::Memory`] →
 //! `machine::build` → run. ARCHITECTURE.md in the repository has the map and follows one exit from KVM to a device and back.
 
 pub mod arch;

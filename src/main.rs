@@ -34,7 +34,7 @@ fn carry_out() -> Result<u8> {
         Command::Check => {
             let (text, able) = check::check()?;
             print(text.as_bytes())?;
-            return Ok(if able { 0 } else { status::HOST });
+            Ok(if able { 0 } else { status::HOST })
         }
     }
 }

@@ -244,8 +244,8 @@ fn no_access_panics<D: Device + 'static>(size: u64, make: impl Fn(&Wires) -> D) 
     check(&vec(access, 0..60), |accesses| {
         let wires = Wires::default();
         let mut builder = Builder::default();
-        builder.place(Space::Pio, 0x100, size, make(&wires)).unwrap();
-        builder.place(Space::Mmio, 0x100, size, make(&wires)).unwrap();
+        builder.place(Space::Pio, Span { start: 0x100, size }, make(&wires)).unwrap();
+        builder.place(Space::Mmio, Span { start: 0x100, size }, make(&wires)).unwrap();
         let buses = builder.finish();
         for (space, addr, width, mut data, write) in accesses {
             if write {

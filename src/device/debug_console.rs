@@ -61,12 +61,13 @@ mod tests {
     use super::*;
     use crate::bus::{Builder, Space};
     use crate::console::TestConsole;
+    use crate::memory::Span;
 
     #[test]
     fn what_is_written_reaches_the_console_byte_by_byte() {
         let far = TestConsole::default();
         let mut builder = Builder::default();
-        builder.place(Space::Mmio, 0x996, 1, DebugConsole::new(Box::new(far.clone()))).unwrap();
+        builder.place(Space::Mmio, Span { start: 0x996, size: 1 }, DebugConsole::new(Box::new(far.clone()))).unwrap();
         let buses = builder.finish();
         assert_eq!(buses.write(Space::Mmio, 0x996, 1, b"Hello\n"), Effect::None);
         assert_eq!(*far.output.lock().unwrap(), b"Hello\n");

@@ -52,11 +52,12 @@ impl Device for DebugExit {
 mod tests {
     use super::*;
     use crate::bus::{Builder, Space};
+    use crate::memory::Span;
 
     #[test]
     fn a_write_of_any_width_ends_the_machine_with_its_value() {
         let mut builder = Builder::default();
-        builder.place(Space::Pio, 0xf4, 4, DebugExit).unwrap();
+        builder.place(Space::Pio, Span { start: 0xf4, size: 4 }, DebugExit).unwrap();
         let buses = builder.finish();
         assert_eq!(buses.write(Space::Pio, 0xf4, 1, &[0x10]), Effect::Exit(0x10));
         assert_eq!(buses.write(Space::Pio, 0xf4, 2, &[0x34, 0x12]), Effect::Exit(0x1234));

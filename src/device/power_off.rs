@@ -85,11 +85,12 @@ impl Device for PowerOff {
 mod tests {
     use super::*;
     use crate::bus::{Builder, Buses, Space};
+    use crate::memory::Span;
     use std::sync::Arc;
 
     fn buses() -> Arc<Buses> {
         let mut builder = Builder::default();
-        builder.place(Space::Pio, 0x604, 2, PowerOff::default()).unwrap();
+        builder.place(Space::Pio, Span { start: 0x604, size: 2 }, PowerOff::default()).unwrap();
         builder.finish()
     }
 

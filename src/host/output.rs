@@ -2,7 +2,7 @@
 //!
 //! A vCPU pushes bytes into a bounded buffer ([`Output`]); the event loop writes them out ([`Flusher`]), at most
 //! [`DELAY`] later, without ever blocking. A full buffer holds the vCPU back until there is room, but for no longer
-//! than [`PATIENCE`] without progress; then bytes are dropped and counted until the reader moves again.
+//! than a second without progress; then bytes are dropped and counted until the reader moves again.
 //!
 //! Lock order: the one lock here is innermost; nothing else is taken under it.
 

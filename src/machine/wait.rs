@@ -131,7 +131,8 @@ impl<'a> Watch<'a> {
             return false;
         }
         // Every CPU is looked at, whatever the others do.
-        let all = self.cpus.iter_mut().fold(true, |all, cpu| cpu.is_halted() && all);
+        let halted = self.cpus.iter_mut().filter_map(|cpu| cpu.is_halted().then_some(())).count();
+        let all = halted == self.cpus.len();
         self.pause = LAST_LOOK.min(self.pause * 2);
         let asked = self.cpus.iter().any(|cpu| cpu.state == Seen::Asked);
         self.next = Some(now + if asked { ANSWER } else { self.pause });

@@ -183,8 +183,8 @@ mod tests {
     #[test]
     fn an_emulation_failure_gives_its_instruction() {
         // Flags, then size 3 and bytes c5 f8 77 in one little-endian word.
-        assert_eq!(emulated_bytes(&[1, 0x77_f8c5_03, 0]), [0xc5, 0xf8, 0x77]);
-        assert!(emulated_bytes(&[0, 0x77_f8c5_03]).is_empty());
+        assert_eq!(emulated_bytes(&[1, 0x77f8_c503, 0]), [0xc5, 0xf8, 0x77]);
+        assert!(emulated_bytes(&[0, 0x77f8_c503]).is_empty());
         assert_eq!(emulated_bytes(&[1, 0xff]).len(), 7);
         assert!(emulated_bytes(&[]).is_empty());
     }

@@ -180,7 +180,7 @@ pub fn write_long_tables(memory: &Memory, tables: Span, ram: &[Span]) -> anyhow:
             }
         };
         memory.write(table + 8 * index, &(free | TABLE).to_le_bytes())?;
-        let pages: Vec<u8> = (0..512).flat_map(|i| (gib * GIB + i * (2 << 20) | LARGE).to_le_bytes()).collect();
+        let pages: Vec<u8> = (0..512).flat_map(|i| ((gib * GIB + i * (2 << 20)) | LARGE).to_le_bytes()).collect();
         memory.write(free, &pages)?;
         free += PAGE;
     }

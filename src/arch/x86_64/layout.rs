@@ -122,7 +122,7 @@ fn ram_spans(config: &Config) -> Result<Vec<Span>> {
             .hint("give --memory a size, as in --memory 128M")
             .into());
     }
-    if size % page != 0 {
+    if !size.is_multiple_of(page) {
         let hint = format!(
             "the nearest valid sizes are {} and {} bytes",
             size - size % page,
@@ -141,7 +141,7 @@ fn ram_spans(config: &Config) -> Result<Vec<Span>> {
         .into());
     }
     let base = config.ram_base.map_or(0, |a| a.0);
-    if base % page != 0 {
+    if !base.is_multiple_of(page) {
         return Err(usage(format!("--ram-base {base:#x} is not a multiple of the page size, {page:#x}")).into());
     }
     if (HOLE..ABOVE).contains(&base) {

@@ -21,6 +21,7 @@ use crate::device::i8042::I8042;
 use crate::device::power_off::PowerOff;
 use crate::device::serial::Serial;
 use crate::irq::{IrqLine, Unconnected};
+use crate::memory::Span;
 use crate::vcpu::Vcpu;
 use crate::vm::{Vm, supported_cpuid};
 
@@ -41,15 +42,15 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, serial: HostConsole, deb
         vm.line(SERIAL_IRQ)?
     };
     let mut devices = Builder::default();
-    let serial = devices.place(Space::Pio, SERIAL, 8, Serial::new(Box::new(serial), line))?;
-    devices.place(Space::Pio, CMOS, 2, Cmos::new(Box::new(HostClock), &layout.ram))?;
-    devices.place(Space::Pio, DEBUG_EXIT, 4, DebugExit)?;
-    devices.place(Space::Pio, POWER_OFF, 2, PowerOff::default())?;
+    let serial = devices.place(Space::Pio, Span { start: SERIAL, size: 8 }, Serial::new(Box::new(serial), line))?;
+    devices.place(Space::Pio, Span { start: CMOS, size: 2 }, Cmos::new(Box::new(HostClock), &layout.ram))?;
+    devices.place(Space::Pio, Span { start: DEBUG_EXIT, size: 4 }, DebugExit)?;
+    devices.place(Space::Pio, Span { start: POWER_OFF, size: 2 }, PowerOff::default())?;
     let keyboard = devices.add(I8042::default());
-    devices.attach(keyboard, Space::Pio, I8042_DATA, 1, 0)?;
-    devices.attach(keyboard, Space::Pio, I8042_COMMAND, 1, 4)?;
+    devices.attach(keyboard, Space::Pio, Span { start: I8042_DATA, size: 1 }, 0)?;
+    devices.attach(keyboard, Space::Pio, Span { start: I8042_COMMAND, size: 1 }, 4)?;
     if let Some(at) = config.debugcon {
-        devices.place(at.space, at.addr, 1, DebugConsole::new(Box::new(debug)))?;
+        devices.place(at.space, Span { start: at.addr, size: 1 }, DebugConsole::new(Box::new(debug)))?;
     }
     Ok(Board { buses: devices.finish(), serial })
 }

@@ -15,8 +15,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use bantam::bus::{Buses, Exit, Space};
+use bantam::config::{Addr, Config, IrqChip, Serial, Size};
+use bantam::load::{self, Image};
+use bantam::machine::{self, Streams};
+use bantam::vcpu;
 
 /// The system's allocator, counted.
 struct Counting;
@@ -60,35 +64,31 @@ fn main() {
     }
 }
 
-// ---- The three call sites of the library that wait for it: nothing else here changes. ----
-
-/// Builds a machine in this process, runs the flat real-mode `code` (loaded and entered at `guest::AT`) to its HLT, and
-/// drops it. Its serial port writes to /dev/null.
-// To be: Config { memory: Size(4096), ram_base: 0x1000, serial: File("/dev/null"), .. }, then machine::build, boot,
-// resume, wait.
-fn run_machine(code: &[u8]) -> Result<()> {
-    anyhow::bail!("machine::build is not there yet; {} bytes not run", code.len())
-}
-
-/// The buses of a default machine, with all of its devices.
-// To be: the board's own builder. (With `Ok(bantam::bus::Builder::default().finish())` the rest works, on an empty bus.)
-fn full_buses() -> Result<Arc<Buses>> {
-    anyhow::bail!("the board's builder is not there yet")
-}
-
-/// Answers one exit.
-// To be: `black_box(bantam::vcpu::dispatch(exit, buses));` and nothing else.
-fn dispatch_once(exit: &mut Exit<'_>, buses: &Buses) {
-    match exit {
-        Exit::Read { space, addr, width, data } => buses.read(*space, *addr, *width, data),
-        Exit::Write { space, addr, width, data } => {
-            black_box(buses.write(*space, *addr, *width, data));
-        }
-        _ => {}
+/// The machine that runs flat real-mode code as the floor does; its serial port writes to /dev/null.
+fn config() -> Config {
+    Config {
+        memory: Size(4096),
+        ram_base: Some(Addr(guest::AT.into())),
+        serial: Serial::File("/dev/null".into()),
+        ..Config::default()
     }
 }
 
-// ---- End of the call sites. ----
+/// Builds a machine in this process, runs the flat real-mode `code` (loaded and entered at `guest::AT`) to its HLT, and
+/// drops it.
+fn run_machine(code: &[u8]) -> Result<()> {
+    let guest = load::identify(Image::from_bytes("bench", code.to_vec()))?;
+    let end = machine::run(&load::settle(&config(), &guest)?, &guest)?;
+    ensure!(end.status() == 0, "{end:?}");
+    Ok(())
+}
+
+/// The buses of a default machine, with all of its devices.
+fn full_buses() -> Result<Arc<Buses>> {
+    let config = Config { irqchip: Some(IrqChip::None), ..config() };
+    let machine = machine::build(&config, &Streams::open(&config)?)?;
+    Ok(machine.buses().clone())
+}
 
 /// Allocations of one exit: those of a run with many exits less those of a run with few.
 fn allocations(port: u16) -> Result<f64> {
@@ -114,11 +114,11 @@ fn dispatch(buses: &Buses) {
     let mut bytes = [0; 8];
     for (name, space, addr, width) in read {
         let data = bytes.get_mut(..width).unwrap_or_default();
-        time(name, || dispatch_once(black_box(&mut Exit::Read { space, addr, width, data }), buses));
+        time(name, || _ = black_box(vcpu::dispatch(black_box(&mut Exit::Read { space, addr, width, data }), buses)));
     }
     for (name, space, addr, width) in write {
         let data = bytes.get(..width).unwrap_or_default();
-        time(name, || dispatch_once(black_box(&mut Exit::Write { space, addr, width, data }), buses));
+        time(name, || _ = black_box(vcpu::dispatch(black_box(&mut Exit::Write { space, addr, width, data }), buses)));
     }
 }
 
