@@ -88,21 +88,30 @@ enum Verb {
     Man,
 }
 
-fn command() -> clap::Command {
+/// The command line. The machine's options are put only where they will be looked at, under `verb`, or everywhere
+/// where that is not one of the three that take them: to describe them takes longer than to start a small machine.
+fn command(verb: Option<&str>) -> clap::Command {
+    let only = ["run", "example", "layout"].into_iter().find(|v| Some(*v) == verb);
+    let mut command = Words::command();
+    for name in only.map_or(vec!["run", "example", "layout"], |v| vec![v]) {
+        command = command.mut_subcommand(name, with_options);
+    }
+    command
+}
+
+fn with_options(verb: clap::Command) -> clap::Command {
     let config = Arg::new("config")
         .long("config")
         .value_name("FILE")
         .value_parser(value_parser!(PathBuf))
         .help("Read options from a TOML file; those on the command line win");
-    let with_config = move |verb: clap::Command| Config::augment_args_for_update(verb).arg(config.clone());
-    let guest = Arg::new("guest").value_name("GUEST").required(true).value_parser(value_parser!(PathBuf));
-    let name = Arg::new("name-of-example").value_name("EXAMPLE").help("The built-in guest");
-    Words::command()
-        .mut_subcommand("run", |verb| {
-            with_config(verb).arg(guest.help("The guest: flat binary, ELF or multiboot kernel"))
-        })
-        .mut_subcommand("example", |verb| with_config(verb).arg(name))
-        .mut_subcommand("layout", &with_config)
+    let guest = Arg::new("guest").value_name("GUEST").value_parser(value_parser!(PathBuf));
+    let positional = match verb.get_name() {
+        "run" => Some(guest.required(true).help("The guest: flat binary, ELF or multiboot kernel")),
+        "example" => Some(Arg::new("name-of-example").value_name("EXAMPLE").help("The built-in guest")),
+        _ => None,
+    };
+    Config::augment_args_for_update(verb).arg(config).args(positional)
 }
 
 /// Understands the words of a command line, the program's name first.
@@ -110,7 +119,10 @@ fn command() -> clap::Command {
 /// # Errors
 /// The words are wrong (status 2).
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
-    let matches = match command().try_get_matches_from(words) {
+    let words: Vec<OsString> = words.into_iter().collect();
+    let verb = words.get(1).and_then(|w| w.to_str());
+    let mut command = command(verb);
+    let matches = match command.try_get_matches_from_mut(&words) {
         Ok(matches) => matches,
         Err(e) if !e.use_stderr() => {
             let text = e.render();
@@ -128,19 +140,19 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
         }
         "example" => match words.get_one::<String>("name-of-example") {
             None => Ok(Command::ListExamples),
-            Some(name) => example(name, words),
+            Some(name) => example(name, words, &mut command),
         },
         "layout" => Ok(Command::Layout(config(Config::default(), words)?)),
         _ => match Words::from_arg_matches(&matches)?.verb {
             Verb::Inspect { file } => Ok(Command::Inspect(file)),
             Verb::Completions { shell } => {
                 let mut text = Vec::new();
-                clap_complete::generate(shell, &mut command(), "bantam", &mut text);
+                clap_complete::generate(shell, &mut self::command(None), "bantam", &mut text);
                 Ok(Command::Print(text))
             }
             Verb::Man => {
                 let mut text = Vec::new();
-                clap_mangen::Man::new(command()).render(&mut text).context("rendering the manual page")?;
+                clap_mangen::Man::new(self::command(None)).render(&mut text).context("rendering the manual page")?;
                 Ok(Command::Print(text))
             }
             _ => Ok(Command::Check),
@@ -148,14 +160,16 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
     }
 }
 
-fn example(name: &str, words: &ArgMatches) -> Result<Command> {
+fn example(name: &str, words: &ArgMatches, command: &mut clap::Command) -> Result<Command> {
     let Some(guest) = guests::find(name) else {
         return Err(usage(format!("there is no example {name:?}")).hint("`bantam example` lists them").into());
     };
-    let own = Config::augment_args_for_update(clap::Command::new("example").no_binary_name(true));
-    let own = own.try_get_matches_from(guest.words).with_context(|| format!("the words of example {name}"))?;
+    let own = ["bantam", "example"].into_iter().chain(guest.words.iter().copied());
+    let own = command.try_get_matches_from_mut(own).with_context(|| format!("the words of example {name}"))?;
     let mut base = Config::default();
-    base.update_from_arg_matches(&own)?;
+    if let Some((_, own)) = own.subcommand() {
+        base.update_from_arg_matches(own)?;
+    }
     Ok(Command::Example(guest, config(base, words)?))
 }
 
@@ -275,7 +289,7 @@ mod tests {
 
     #[test]
     fn the_documented_defaults_are_the_defaults() {
-        let help = command().find_subcommand_mut("run").unwrap().render_long_help().to_string();
+        let help = command(None).find_subcommand_mut("run").unwrap().render_long_help().to_string();
         let Config { memory, cpus, serial, .. } = Config::default();
         for default in [format!("[default: {memory}]"), format!("[default: {cpus}]"), format!("[default: {serial}]")] {
             assert!(help.contains(&default), "{default}");

@@ -46,6 +46,10 @@ pub struct Config {
     /// Set a register before entry, as in rax=2 (repeatable); registers that nothing sets are 0
     #[arg(long, value_name = "NAME=VALUE", help_heading = "Guest", required = false)]
     pub reg: Vec<RegValue>,
+    /// What the CPUID instruction says: what the `host` supports, or `none` (zeroes) [default: host; none for a tiny flat
+    /// guest in which neither that instruction nor one that depends on it occurs, since KVM takes long to ask]
+    #[arg(long, value_name = "WHAT", help_heading = "Guest")]
+    pub cpuid: Option<Cpuid>,
     /// A file handed to the guest: a multiboot module, repeatable (Linux's initial RAM disk is not yet)
     #[arg(long, value_name = "FILE", help_heading = "Guest", required = false)]
     pub initrd: Vec<PathBuf>,
@@ -91,6 +95,7 @@ impl Default for Config {
             entry: None,
             cpu_mode: None,
             reg: Vec::new(),
+            cpuid: None,
             initrd: Vec::new(),
             cmdline: None,
             serial: Serial::Stdio,
@@ -114,6 +119,16 @@ pub enum IrqChip {
     Kernel,
     /// Local APICs in KVM, the rest in Bantam (not yet).
     Split,
+}
+
+/// What a guest's CPUID instruction says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cpuid {
+    /// What KVM supports on this host.
+    Host,
+    /// Zeroes.
+    None,
 }
 
 /// The processor mode a flat guest starts in.

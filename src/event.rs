@@ -3,6 +3,7 @@
 //! Invariant: a [`Worker`]'s state has one owner at a time: the thread while it runs, the caller after `stop`.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::unix::thread::JoinHandleExt;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -51,21 +52,23 @@ impl Readiness {
         let _ = epoll::delete(&self.epoll, fd);
     }
 
-    /// The tokens that are ready, after at most `patience`; none after that time or a signal.
+    /// Puts the tokens that are ready into `ready`, after at most `patience`; none after that time or a signal.
     ///
     /// # Errors
     /// The host refuses to wait.
-    pub fn wait(&self, patience: Option<Duration>) -> io::Result<Vec<u64>> {
+    pub fn wait(&self, patience: Option<Duration>, ready: &mut Vec<u64>) -> io::Result<()> {
         let timeout = patience.map(|p| Timespec {
             tv_sec: i64::try_from(p.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(p.subsec_nanos()),
         });
-        let mut events = Vec::with_capacity(BATCH);
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        ready.clear();
+        let mut events = [MaybeUninit::uninit(); BATCH];
+        match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
+            Ok((events, _)) => ready.extend(events.iter().map(|event| event.data.u64())),
+            Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
-        Ok(events.iter().map(|event| event.data.u64()).collect())
+        Ok(())
     }
 }
 
@@ -118,15 +121,20 @@ mod tests {
         let (readiness, bell) = (Readiness::new().unwrap(), Bell::new().unwrap());
         assert!(readiness.watch(&bell, 5, Edge::Edge).unwrap());
         let soon = Some(Duration::from_millis(1));
-        assert!(readiness.wait(soon).unwrap().is_empty());
+        let wait = |patience| {
+            let mut ready = vec![99];
+            readiness.wait(patience, &mut ready).unwrap();
+            ready
+        };
+        assert!(wait(soon).is_empty());
         bell.ring();
-        assert_eq!(readiness.wait(None).unwrap(), [5]);
-        assert!(readiness.wait(soon).unwrap().is_empty());
+        assert_eq!(wait(None), [5]);
+        assert!(wait(soon).is_empty());
         bell.ring();
-        assert_eq!(readiness.wait(None).unwrap(), [5]);
+        assert_eq!(wait(None), [5]);
         readiness.forget(&bell);
         bell.ring();
-        assert!(readiness.wait(soon).unwrap().is_empty());
+        assert!(wait(soon).is_empty());
     }
 
     #[test]

@@ -93,9 +93,6 @@ fn permission_hint() -> Option<String> {
 /// KVM refuses.
 pub fn supported_cpuid() -> Result<&'static CpuId> {
     static CPUID: OnceLock<CpuId> = OnceLock::new();
-    // Two callers at once must not ask twice: the second waits for the first.
-    static ASKING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _asking = ASKING.lock();
     if let Some(cpuid) = CPUID.get() {
         return Ok(cpuid);
     }

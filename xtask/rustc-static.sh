@@ -6,6 +6,6 @@ rustc=$1
 shift
 case " $* " in
 *" --crate-name bantam "*" --crate-type bin "* | *" --crate-name floor "*" --crate-type bin "*)
-    set -- "$@" -C target-feature=+crt-static ;;
+    set -- "$@" -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs ;;
 esac
 exec "$rustc" "$@"

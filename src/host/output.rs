@@ -248,30 +248,26 @@ impl Flusher {
         self.shared.lock().armed
     }
 
-    /// Writes what can be written without blocking.
+    /// Writes what was waiting when it was called, as far as that is possible without blocking. (Not what comes in the
+    /// meantime: a steady writer's bytes would leave one by one.)
     pub fn flush(&mut self) -> Left {
-        let mut any = false;
-        loop {
-            if self.taken.is_empty() {
-                let mut state = self.shared.lock();
-                state.urgent = false;
-                if state.bytes.is_empty() {
-                    // The next byte rings again only after a flush that found nothing: a steady writer rings once.
-                    state.armed = any;
-                    return if any { Left::Written } else { Left::Idle };
-                }
-                if self.taken.capacity() == 0 {
-                    self.taken.reserve(CAPACITY);
-                }
-                std::mem::swap(&mut state.bytes, &mut self.taken);
-                any = true;
-                drop(state);
-                self.shared.room.notify_all();
-            }
-            if !self.write_taken() {
-                return Left::Waiting;
-            }
+        if !self.write_taken() {
+            return Left::Waiting;
         }
+        let mut state = self.shared.lock();
+        state.urgent = false;
+        // The next byte rings the bell only after a flush that found nothing: a steady writer rings once.
+        state.armed = !state.bytes.is_empty();
+        if state.bytes.is_empty() {
+            return Left::Idle;
+        }
+        if self.taken.capacity() == 0 {
+            self.taken.reserve(CAPACITY);
+        }
+        std::mem::swap(&mut state.bytes, &mut self.taken);
+        drop(state);
+        self.shared.room.notify_all();
+        if self.write_taken() { Left::Written } else { Left::Waiting }
     }
 
     /// False where the reader takes no more for now.
@@ -303,7 +299,12 @@ impl Flusher {
     /// Writes what is left, waiting for the reader until `deadline`; gives how many bytes were lost in all, and whether
     /// that was because the reader is gone.
     pub fn finish(&mut self, deadline: Instant) -> (u64, bool) {
-        while self.flush() == Left::Waiting {
+        loop {
+            match self.flush() {
+                Left::Idle => break,
+                Left::Written => continue,
+                Left::Waiting => {}
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 self.lose();

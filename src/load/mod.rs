@@ -36,7 +36,7 @@ pub use program::{Program, Segment};
 pub use symbols::SectionTable;
 
 use crate::arch::{self, BootRegs, Layout};
-use crate::config::{Config, CpuMode, IrqChip};
+use crate::config::{Config, CpuMode, Cpuid, IrqChip};
 use crate::error::{Refusal, refuse, usage};
 use crate::memory::Memory;
 use place::Places;
@@ -193,6 +193,10 @@ pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
         (None, 1) if flat => IrqChip::None,
         (None, _) => IrqChip::Kernel,
     });
+    if settled.cpuid.is_none() {
+        let asks = !flat || settled.irqchip != Some(IrqChip::None) || flat::may_ask_cpuid(&guest.image)?;
+        settled.cpuid = Some(if asks { Cpuid::Host } else { Cpuid::None });
+    }
     let mut boot = BootRegs::real();
     apply(&settled, guest, &mut boot)?;
     Ok(settled)

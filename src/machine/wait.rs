@@ -50,12 +50,14 @@ impl Machine<Running> {
         readiness.watch(&*streams, BELL, Edge::Edge)?;
         streams.watch(&readiness)?;
         let mut watch = Watch::new(self);
+        let mut ready = Vec::new();
         loop {
             if let Some((cpu, stop)) = self.state.ended.get() {
                 return Ok(End::Guest(*cpu, stop.clone()));
             }
             let next = [life.deadline, streams.deadline(), watch.next].into_iter().flatten().min();
-            let ready = readiness.wait(next.map(|at| at.saturating_duration_since(Instant::now()))).context("epoll")?;
+            let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
+            readiness.wait(patience, &mut ready).context("epoll")?;
             if ready.contains(&SIGNALS)
                 && let Some(end) = signal(life, streams)
             {

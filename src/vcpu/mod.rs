@@ -281,8 +281,9 @@ impl Vcpu {
         CpuState::read(&self.fd)
     }
 
-    fn interrupts_on(&self) -> bool {
-        arch::interrupts_on(&self.fd)
+    /// Whether the CPU took interrupts at its last exit, where the architecture's KVM says so.
+    fn interrupts_on(&mut self) -> bool {
+        self.fd.get_kvm_run().if_flag != 0
     }
 }
 

@@ -12,7 +12,7 @@ pub use cpuid::cpuid;
 pub use entry::{elf_mode, enter, linear_entry};
 pub use layout::{Layout, layout};
 pub use registers::set_register;
-pub use state::{CpuState, halted_for_good, interrupts_on, translate};
+pub use state::{CpuState, halted_for_good, translate};
 
 /// The architecture's name, as a person writes it.
 pub const NAME: &str = "x86-64";
@@ -30,3 +30,7 @@ pub const FLAT_LOAD: u64 = 0x1000;
 
 /// The mode a flat guest is entered in unless its user says otherwise.
 pub const FLAT_MODE: crate::config::CpuMode = crate::config::CpuMode::Real;
+
+/// The first bytes of the instructions that CPUID itself, or KVM by what CPUID says, answers (Intel SDM vol. 2): CPUID,
+/// WRMSR, RDMSR, MOV to a control register, and group 7 with XGETBV and XSETBV.
+pub const ASKS_CPUID: &[&[u8]] = &[&[0x0f, 0xa2], &[0x0f, 0x30], &[0x0f, 0x32], &[0x0f, 0x22], &[0x0f, 0x01]];

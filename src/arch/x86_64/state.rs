@@ -90,7 +90,7 @@ pub fn translate(fd: &VcpuFd, linear: u64) -> Option<u64> {
 }
 
 /// The CPU would take a maskable interrupt.
-pub fn interrupts_on(fd: &VcpuFd) -> bool {
+fn interrupts_on(fd: &VcpuFd) -> bool {
     fd.get_regs().is_ok_and(|regs| regs.rflags & INTERRUPTS != 0)
 }
 

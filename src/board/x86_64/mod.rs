@@ -12,7 +12,7 @@ use crate::arch::layout::{
 use crate::arch::{self, Layout};
 use crate::bus::{Builder, Space};
 use crate::clock::HostClock;
-use crate::config::{Config, IrqChip};
+use crate::config::{Config, Cpuid, IrqChip};
 use crate::console::HostConsole;
 use crate::device::cmos::Cmos;
 use crate::device::debug_console::DebugConsole;
@@ -60,6 +60,9 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, serial: HostConsole, deb
 /// # Errors
 /// KVM refuses its CPUID.
 pub fn prepare(vcpu: &Vcpu, config: &Config) -> Result<()> {
+    if config.cpuid == Some(Cpuid::None) {
+        return Ok(());
+    }
     let local_apic = config.irqchip != Some(IrqChip::None);
     let cpuid = arch::cpuid(supported_cpuid()?, vcpu.id(), config.cpus, local_apic);
     vcpu.fd()

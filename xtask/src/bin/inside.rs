@@ -68,7 +68,7 @@ fn main() {
 fn config() -> Config {
     Config {
         memory: Size(4096),
-        ram_base: Some(Addr(guest::AT.into())),
+        ram_base: Some(Addr(guest::AT)),
         serial: Serial::File("/dev/null".into()),
         ..Config::default()
     }
@@ -78,8 +78,8 @@ fn config() -> Config {
 /// drops it.
 fn run_machine(code: &[u8]) -> Result<()> {
     let guest = load::identify(Image::from_bytes("bench", code.to_vec()))?;
-    let end = machine::run(&load::settle(&config(), &guest)?, &guest)?;
-    ensure!(end.status() == 0, "{end:?}");
+    let ended = machine::run(&load::settle(&config(), &guest)?, &guest)?;
+    ensure!(ended.end.status() == 0, "{:?}", ended.end);
     Ok(())
 }
 
