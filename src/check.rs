@@ -74,7 +74,7 @@ pub fn check() -> Result<(String, bool)> {
     let mut text = String::new();
     let mut line = |what: &str, value: &str| {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "{what:22} {value}");
+        let _ = writeln!(text, "{what:27} {value}");
     };
     line("architecture", arch::NAME);
     line("/dev/kvm", "can be opened");
@@ -98,7 +98,7 @@ pub fn check() -> Result<(String, bool)> {
             (false, true) => format!("MISSING  {}: {}", feature.use_, feature.remedy),
             (false, false) => format!("no       {}: {}", feature.use_, feature.remedy),
         };
-        line(&format!("{name:30}"), &verdict);
+        line(&name, &verdict);
     }
     line("verdict", if able { "machines can run here" } else { "no machine can run here" });
     Ok((text, able))

@@ -111,7 +111,9 @@ fn with_options(verb: clap::Command) -> clap::Command {
         "example" => Some(Arg::new("name-of-example").value_name("EXAMPLE").help("The built-in guest")),
         _ => None,
     };
-    Config::augment_args_for_update(verb).arg(config).args(positional)
+    // The options bring a description of their own; the verb keeps its.
+    let about = verb.get_about().cloned();
+    Config::augment_args_for_update(verb).about(about).long_about(None).arg(config).args(positional)
 }
 
 /// Understands the words of a command line, the program's name first.

@@ -247,7 +247,7 @@ fn inspect_says_what_was_found() {
         assert!(elf.contains(fact), "{elf}");
     }
     assert!(text(&each()[3].1).contains("asks for: memory map (tag 6)"), "{}", text(&each()[3].1));
-    assert!(text(&[0xf4]).contains("format: a flat binary"));
+    assert!(text(&[0xf4]).contains("format: flat binary"));
 }
 
 #[test]

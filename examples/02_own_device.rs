@@ -1,0 +1,76 @@
+//! A device of one's own: a port that doubles what is written to it, asked by a guest that ends with the answer.
+//!
+//!     cargo run --example 02_own_device
+//!
+//! A device is a value with registers: it is handed to the bus and never learns where it lies.
+
+#![allow(clippy::print_stdout)]
+
+use bantam::arch::BootRegs;
+use bantam::bus::{Builder, Device, Effect, Saved, Space};
+use bantam::device::debug_exit::DebugExit;
+use bantam::memory::{Memory, Span};
+use bantam::trace::Off;
+use bantam::vcpu::{Flag, run_loop};
+use bantam::vm::Vm;
+
+#[derive(Default)]
+struct Doubler {
+    // State
+    value: u64,
+}
+
+impl Device for Doubler {
+    fn name(&self) -> &'static str {
+        "doubler"
+    }
+
+    fn register(&self, _offset: u64, _write: bool) -> &'static str {
+        "VALUE"
+    }
+
+    fn read(&mut self, _offset: u64, _width: usize) -> u64 {
+        self.value.wrapping_mul(2)
+    }
+
+    fn write(&mut self, _offset: u64, _width: usize, value: u64) -> Effect {
+        self.value = value;
+        Effect::None
+    }
+
+    fn reset(&mut self) {
+        *self = Self::default();
+    }
+
+    fn save(&self) -> Saved {
+        let Self { value } = self;
+        Saved { version: 1, state: (*value).into() }
+    }
+
+    fn load(&mut self, saved: &Saved) -> anyhow::Result<()> {
+        self.value = serde_json::from_value(saved.state.clone())?;
+        Ok(())
+    }
+}
+
+/// mov al,21; out 0x20,al; in al,0x20; out 0xf4,al; hlt
+const GUEST: [u8; 9] = [0xb0, 21, 0xe6, 0x20, 0xe4, 0x20, 0xe6, 0xf4, 0xf4];
+
+fn main() -> anyhow::Result<()> {
+    let memory = Memory::new(&[Span { start: 0x1000, size: 0x1000 }], false)?;
+    memory.write(0x1000, &GUEST)?;
+    let vm = Vm::new()?;
+    vm.map(&memory)?;
+    let mut vcpu = vm.vcpu(0)?;
+    let mut boot = BootRegs::real();
+    boot.regs.rip = 0x1000;
+    vcpu.enter(&boot, false)?;
+
+    let mut devices = Builder::default();
+    devices.place(Space::Pio, Span { start: 0x20, size: 1 }, Doubler::default())?;
+    devices.place(Space::Pio, Span { start: 0xf4, size: 4 }, DebugExit)?;
+
+    let stop = run_loop(&mut vcpu, &devices.finish(), &Flag::new(None), &mut Off);
+    println!("the guest ended with {stop:?}");
+    Ok(())
+}
