@@ -112,7 +112,7 @@ fn with_options(verb: clap::Command) -> clap::Command {
         _ => None,
     };
     // The options bring a description of their own; the verb keeps its.
-    let about = verb.get_about().cloned();
+    let about = verb.get_about().cloned().unwrap_or_default();
     Config::augment_args_for_update(verb).about(about).long_about(None).arg(config).args(positional)
 }
 
