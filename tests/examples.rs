@@ -4,10 +4,11 @@
 
 mod common;
 
-/// `cargo test` builds the examples beside the test binaries.
+/// A plain `cargo test`, and `cargo xtask test`, build the examples beside the program.
 fn example(name: &str) -> common::Outcome {
-    let folder = common::program().parent().unwrap().join("examples");
-    common::Run::of(&folder.join(name), []).run()
+    let path = common::program().parent().unwrap().join("examples").join(name);
+    assert!(path.exists(), "{} is not there: cargo build --examples", path.display());
+    common::Run::of(&path, []).run()
 }
 
 #[test]

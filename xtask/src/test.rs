@@ -166,6 +166,8 @@ fn unit(filter: Option<&str>) -> Result<Tally> {
 }
 
 fn native(filter: Option<&str>) -> Result<Tally> {
+    // One test runs the programs of examples/.
+    sh::run(sh::cargo(&["build", "--quiet", "--examples"]))?;
     let mut command = sh::cargo(&["test", "--no-fail-fast"]);
     let files = files(true)?;
     command.args(files.iter().flat_map(|name| ["--test", name]));
