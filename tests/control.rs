@@ -130,6 +130,30 @@ fn the_console_keys_work_and_the_terminal_is_restored() {
 }
 
 #[test]
+fn the_terminal_is_restored_after_a_bug_a_crash_and_a_signal() {
+    if !kvm() || !have("script") {
+        return;
+    }
+    let bantam = program().display().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let pid = dir.path().join("pid").display().to_string();
+    let ways = [
+        ("BANTAM_TEST_FAULT=terminal:panic BANTAM example echo", "status=101"),
+        ("BANTAM_TEST_FAULT=terminal:overflow BANTAM example echo", "status=139"),
+        ("(sleep 0.5; kill -SEGV $(cat PID)) & sh -c 'echo $$ > PID; exec BANTAM example echo'", "status=139"),
+        ("(sleep 0.5; kill -TERM $(cat PID)) & sh -c 'echo $$ > PID; exec BANTAM example echo'", "status=143"),
+        ("BANTAM example echo --timeout 0.3", "status=124"),
+    ];
+    for (way, status) in ways {
+        let run = way.replace("BANTAM example", &format!("{bantam} example")).replace("PID", &pid);
+        let shown = on_terminal(&format!("stty -a; {run}; echo status=$?; stty -a"), &["", ""]);
+        let flags: Vec<_> = shown.lines().filter(|l| l.contains("isig")).collect();
+        assert!(shown.contains(status), "{way}: {shown}");
+        assert!(flags.len() == 2 && flags[0] == flags[1] && !flags[0].contains("-isig"), "{way}: {shown}");
+    }
+}
+
+#[test]
 fn ctrl_c_ends_a_machine_that_does_not_listen() {
     if !kvm() || !have("script") {
         return;

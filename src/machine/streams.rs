@@ -234,6 +234,8 @@ impl Streams {
                 return Ok(());
             }
             terminal::make_raw().context("making the terminal raw")?;
+            #[cfg(debug_assertions)]
+            crate::host::fault::inject("terminal");
             self.keys = Some(Keys::default());
         }
         let fd = reopen(stdin, OFlags::RDONLY).or_else(|_| rustix::io::dup(stdin)).context("stdin")?;
