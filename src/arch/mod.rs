@@ -7,3 +7,28 @@
 mod x86_64;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::*;
+
+/// A capability of KVM, what Bantam does with it, and what to do where it is missing.
+pub struct Feature {
+    /// The capability.
+    pub cap: kvm_ioctls::Cap,
+    /// Its name, after `KVM_CAP_`.
+    pub name: &'static str,
+    /// Without it no machine runs.
+    pub required: bool,
+    /// What Bantam does with it.
+    pub purpose: &'static str,
+    /// What to do without it.
+    pub remedy: &'static str,
+}
+
+/// A row of a table of features.
+pub const fn feature(
+    cap: kvm_ioctls::Cap,
+    name: &'static str,
+    required: bool,
+    purpose: &'static str,
+    remedy: &'static str,
+) -> Feature {
+    Feature { cap, name, required, purpose, remedy }
+}

@@ -3,6 +3,7 @@
 pub mod boot;
 mod cpuid;
 mod entry;
+mod features;
 pub mod layout;
 mod registers;
 mod state;
@@ -10,6 +11,7 @@ mod state;
 pub use boot::BootRegs;
 pub use cpuid::cpuid;
 pub use entry::{elf_mode, enter, linear_entry};
+pub use features::{FEATURES, host_facts};
 pub use layout::{Layout, layout};
 pub use registers::set_register;
 pub use state::{CpuState, halted_for_good, translate};

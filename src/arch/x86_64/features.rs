@@ -1,0 +1,37 @@
+//! What an x86-64 host's KVM offers beyond what every architecture's does.
+
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::arch::{Feature, feature};
+
+/// The capabilities that only x86-64 has.
+pub const FEATURES: &[Feature] = &[
+    feature(Cap::SetTssAddr, "SET_TSS_ADDR", true, "real mode on older Intel CPUs", "needs Linux 2.6.25"),
+    feature(Cap::ExtCpuid, "EXT_CPUID", true, "CPUID of the guest", "needs Linux 2.6.26"),
+    feature(Cap::Irqchip, "IRQCHIP", false, "--irqchip kernel", "use --irqchip none, with one CPU"),
+    feature(Cap::Pit2, "PIT2", false, "--irqchip kernel", "use --irqchip none, with one CPU"),
+    feature(Cap::SplitIrqchip, "SPLIT_IRQCHIP", false, "(later) --irqchip split", "none needed yet"),
+    feature(Cap::Xsave, "XSAVE", false, "(later) snapshots", "none needed yet"),
+    feature(Cap::AdjustClock, "ADJUST_CLOCK", false, "(later) clocks of snapshots", "none needed yet"),
+    feature(Cap::X2ApicApi, "X2APIC_API", false, "(later) more than 255 CPUs", "none needed yet"),
+    feature(
+        Cap::TscDeadlineTimer,
+        "TSC_DEADLINE_TIMER",
+        false,
+        "local APIC timers of guests",
+        "guests use the other timer modes",
+    ),
+    feature(Cap::IrqfdResample, "IRQFD_RESAMPLE", false, "(later) level-triggered interrupts", "none needed yet"),
+    feature(Cap::SignalMsi, "SIGNAL_MSI", false, "(later) MSI interrupts", "none needed yet"),
+    feature(Cap::KvmclockCtrl, "KVMCLOCK_CTRL", false, "(later) paused guests' clocks", "none needed yet"),
+    feature(Cap::TscControl, "TSC_CONTROL", false, "(later) clones on other hosts", "none needed yet"),
+    feature(Cap::VcpuEvents, "VCPU_EVENTS", false, "(later) snapshots", "none needed yet"),
+    feature(Cap::Debugregs, "DEBUGREGS", false, "(later) snapshots", "none needed yet"),
+    feature(Cap::Xcrs, "XCRS", false, "(later) snapshots", "none needed yet"),
+];
+
+/// Numbers worth knowing of this host.
+pub fn host_facts(kvm: &Kvm) -> Vec<(&'static str, String)> {
+    let msrs = kvm.get_msr_index_list().map_or_else(|e| e.to_string(), |list| list.as_slice().len().to_string());
+    vec![("MSRs to save", msrs)]
+}
