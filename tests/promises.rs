@@ -388,3 +388,63 @@ fn p37_a_broken_pipe_signal_is_ignored() {
     run.signal("PIPE");
     run.wait().expect(124);
 }
+
+/// A control group of the test's own, removed at its end.
+struct Group(std::path::PathBuf);
+
+impl Group {
+    /// With `limit` written to the controller's file, whichever version of control groups this host has.
+    fn new(controller: &str, files: [&str; 2], limit: &str) -> Option<Self> {
+        let root = std::path::Path::new("/sys/fs/cgroup");
+        let old = root.join(controller);
+        let (parent, file) = if old.exists() { (old, files[0]) } else { (root.to_owned(), files[1]) };
+        let group = Self(parent.join(format!("bantam-test-{controller}-{}", std::process::id())));
+        let made = std::fs::create_dir(&group.0).and_then(|()| std::fs::write(group.0.join(file), limit));
+        if let Err(e) = made {
+            skipped(&format!("no {controller} control group can be made: {e}"));
+            return None;
+        }
+        Some(group)
+    }
+
+    fn run(&self, words: &str) -> Outcome {
+        let script = format!("echo $$ > {}/cgroup.procs && exec {} {words}", self.0.display(), program().display());
+        Run::of("sh".as_ref(), ["-c".into(), script.into()]).run()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn p07_no_thread_is_left() {
+    if !kvm() || !root() {
+        return;
+    }
+    let Some(group) = Group::new("pids", ["pids.max", "pids.max"], "2") else { return };
+    group.run("example smp").refused_after_warnings(125).said("cannot start thread vcpu");
+}
+
+/// The kernel ends this machine only: whoever started it sees a kill, and another machine runs on.
+#[test]
+fn p08_the_host_runs_out_of_memory_while_the_guest_runs() {
+    if !kvm() || !root() {
+        return;
+    }
+    let Some(group) = Group::new("memory", ["memory.limit_in_bytes", "memory.max"], "16777216") else { return };
+    // L: mov [esi],eax; add esi,0x1000; jmp L
+    let touch = file(&[0x89, 0x06, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, 0xeb, 0xf6]);
+    let other = file(SPIN);
+    let other = bantam("run").arg(other.path()).words("--timeout 2").start();
+    let words = format!("run {} --cpu-mode protected --memory 512M --reg esi=0x10000", touch.path().display());
+    group.run(&words).expect(-9);
+    other.wait().expect(124);
+}

@@ -83,6 +83,15 @@ impl Outcome {
         self
     }
 
+    /// The same, where warnings come first.
+    #[track_caller]
+    pub fn refused_after_warnings(&self, status: i32) -> &Self {
+        self.expect(status).printed("");
+        let errors: Vec<_> = self.stderr.lines().filter(|l| !l.starts_with("bantam: warning: ")).collect();
+        assert!(errors.first().is_some_and(|l| l.starts_with("bantam: ")) && errors.len() <= 2, "{}", self.stderr);
+        self
+    }
+
     /// The lines of the trace, without their numbers.
     pub fn trace(&self) -> Vec<String> {
         let line = |l: &str| l.split_once(" cpu").and_then(|(_, l)| l.split_once(' ')).map(|(_, l)| l.to_owned());
