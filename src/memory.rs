@@ -71,35 +71,21 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Makes RAM for `spans`, which are in ascending order, do not overlap and are multiples of the page size.
+    /// Makes RAM for `spans`, which are in ascending order, do not overlap and are multiples of the page size. With
+    /// `hugepages`, spans that are multiples of 2 MiB are made of huge pages.
     ///
     /// # Errors
     /// The host cannot make or map that much.
     pub fn new(spans: &[Span], hugepages: bool) -> Result<Self> {
-        let total = spans.iter().try_fold(0u64, |sum, s| sum.checked_add(s.size)).context("RAM size overflows")?;
-        let fail = |what: &str, e: &dyn std::fmt::Display| {
-            refuse(format!("cannot {what} {total} bytes of guest RAM: {e}")).hint("try a smaller --memory")
-        };
-        let file = File::from(memfd(hugepages).map_err(|e| fail("make a memory file for", &e))?);
-        // A hugetlb file needs whole huge pages; `layout` rounds nothing, so the caller has checked.
-        file.set_len(total).map_err(|e| fail("size the memory file for", &e))?;
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(|e| fail("seal the memory file for", &e))?;
-        let file = Arc::new(file);
-        let mut offset = 0;
+        let is_huge = |span: &Span| hugepages && span.size.is_multiple_of(HUGE_PAGE);
         let mut regions = Vec::with_capacity(spans.len());
-        for span in spans {
-            let size = usize::try_from(span.size).context("RAM does not fit this host's address space")?;
-            let region = MmapRegionBuilder::new(size)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(file.clone(), offset))
-                .build()
-                .map_err(|e| fail("map", &e))?;
-            let region = GuestRegionMmap::new(region, GuestAddress(span.start)).context("RAM wraps around 2^64")?;
-            regions.push(region);
-            offset += span.size;
+        for huge in [false, true] {
+            let spans: Vec<_> = spans.iter().filter(|span| is_huge(span) == huge).collect();
+            if !spans.is_empty() {
+                map_file(&spans, huge, &mut regions)?;
+            }
         }
+        regions.sort_by_key(|region| region.start_addr());
         let ram = Ram::from_regions(regions).context("arranging guest RAM")?;
         Ok(Self { ram: Arc::new(ram) })
     }
@@ -155,12 +141,42 @@ impl Memory {
     }
 }
 
-/// A memory file that can be sealed; never executable where the kernel can promise that (Linux 6.3).
-fn memfd(hugepages: bool) -> rustix::io::Result<rustix::fd::OwnedFd> {
+/// Makes one sealed memory file and maps each span to its own part of it.
+fn map_file(spans: &[&Span], huge: bool, regions: &mut Vec<GuestRegionMmap<()>>) -> Result<()> {
+    let total = spans.iter().try_fold(0u64, |sum, s| sum.checked_add(s.size)).context("RAM size overflows")?;
+    let fail = |what: &str, e: &dyn std::fmt::Display| {
+        let (kind, hint) = match huge {
+            true => (" in huge pages", "reserve some: sysctl vm.nr_hugepages=N (2 MiB each)"),
+            false => ("", "try a smaller --memory"),
+        };
+        refuse(format!("cannot {what} {total} bytes of guest RAM{kind}: {e}")).hint(hint)
+    };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let flags = if hugepages { flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { flags };
-    rustix::fs::memfd_create("guest-ram", flags)
+    let flags = if huge { flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { flags };
+    let file = rustix::fs::memfd_create("guest-ram", flags).map_err(|e| fail("make a memory file for", &e))?;
+    let file = Arc::new(File::from(file));
+    file.set_len(total).map_err(|e| fail("size the memory file for", &e))?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(|e| fail("seal the memory file for", &e))?;
+    // Huge pages are reserved now: a guest that touches one that is not there would kill the process.
+    let reserve = if huge { 0 } else { libc::MAP_NORESERVE };
+    let mut offset = 0;
+    for span in spans {
+        let size = usize::try_from(span.size).context("RAM does not fit this host's address space")?;
+        let region = MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | reserve)
+            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+            .build()
+            .map_err(|e| fail("map", &e))?;
+        regions.push(GuestRegionMmap::new(region, GuestAddress(span.start)).context("RAM wraps around 2^64")?);
+        offset += span.size;
+    }
+    Ok(())
 }
+
+/// The size of a huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// The page size of this host.
 pub fn page_size() -> u64 {

@@ -262,3 +262,24 @@ fn a_reset_ends_the_machine_or_starts_it_anew() {
     let writes = outcome.trace().iter().filter(|l| l.starts_with("out 0x0010")).count();
     assert!(writes >= 3, "{writes}");
 }
+
+#[test]
+fn ram_can_be_huge_pages() {
+    if !kvm() || !common::root() {
+        return;
+    }
+    let pool = "/proc/sys/vm/nr_hugepages";
+    let before = std::fs::read_to_string(pool).unwrap();
+    let _ = std::fs::write(pool, "8");
+    let there = std::fs::read_to_string(pool).unwrap().trim().parse().unwrap_or(0);
+    let outcome = example("hello-long", "--hugepages --memory 8M").run();
+    let refused = example("hello-long", "--hugepages --memory 8G").run();
+    let odd = example("hello-long", "--hugepages --memory 3M").run();
+    std::fs::write(pool, before.trim()).unwrap();
+    refused.refused(125).said("huge pages").said("nr_hugepages");
+    odd.refused(125).said("page size");
+    if there < 8 {
+        return common::skipped("the host has no 8 huge pages to spare");
+    }
+    outcome.expect(0).printed("Hello from long mode\n");
+}

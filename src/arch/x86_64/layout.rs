@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::config::{Config, CpuMode, Space};
 use crate::error::{refuse, usage};
-use crate::memory::{Span, page_size};
+use crate::memory::{HUGE_PAGE, Span, page_size};
 
 /// Where RAM must end below 4 GiB; devices live from here to 4 GiB.
 pub const HOLE: u64 = 0xc000_0000;
@@ -116,7 +116,7 @@ pub fn layout(config: &Config) -> Result<Layout> {
 
 fn ram_spans(config: &Config) -> Result<Vec<Span>> {
     let size = config.memory.0;
-    let page = if config.hugepages { 2 << 20 } else { page_size() };
+    let page = if config.hugepages { HUGE_PAGE } else { page_size() };
     if size == 0 {
         return Err(refuse("a machine without RAM cannot run")
             .hint("give --memory a size, as in --memory 128M")
