@@ -12,6 +12,7 @@ use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcom
 
 use crate::config::Config;
 use crate::error::usage;
+use crate::load::Image;
 
 /// What a person asked for.
 #[derive(Debug, Clone)]
@@ -31,6 +32,9 @@ pub enum Command {
     /// Print a text to stdout: help, version, completions, the manual page.
     Print(Vec<u8>),
 }
+
+/// The largest configuration file.
+const MAX_CONFIG: u64 = 1 << 20;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -187,7 +191,12 @@ fn config(base: Config, words: &ArgMatches) -> Result<Config> {
 
 fn from_file(path: &Path) -> Result<Config> {
     let what = || format!("--config {}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|e| usage(format!("{}: {e}", what())))?;
+    let file = Image::open(path).map_err(|e| usage(format!("--config {e:#}")))?;
+    if file.len() > MAX_CONFIG {
+        return Err(usage(format!("{}: {} bytes are more than a configuration has", what(), file.len())).into());
+    }
+    let bytes = file.head(1 << 20).with_context(what)?;
+    let text = String::from_utf8(bytes).map_err(|_| usage(format!("{}: it is not text", what())))?;
     toml::from_str(&text).map_err(|e| {
         let line =
             e.span().map_or(0, |span| text.get(..span.start).map_or(0, |before| before.matches('\n').count() + 1));

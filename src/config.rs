@@ -18,7 +18,7 @@ pub struct Config {
     #[arg(long, value_name = "SIZE", help_heading = "Machine", required = false)]
     pub memory: Size,
     /// Number of virtual CPUs [default: 1]
-    #[arg(long, value_name = "N", help_heading = "Machine", required = false)]
+    #[arg(long, value_name = "N", value_parser = small_number, allow_negative_numbers = true, help_heading = "Machine", required = false)]
     pub cpus: u32,
     /// The machine's name [default: bantam-PID]
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
@@ -46,7 +46,7 @@ pub struct Config {
     /// Set a register before entry, as in rax=2 (repeatable); registers that nothing sets are 0
     #[arg(long, value_name = "NAME=VALUE", help_heading = "Guest", required = false)]
     pub reg: Vec<RegValue>,
-    /// What the CPUID instruction says: what the `host` supports, or `none` (zeroes) [default: host; none for a tiny flat
+    /// What the CPUID instruction says: what the `host` supports, or `none` (zeroes) [default: host; none for a tiny real-mode
     /// guest in which neither that instruction nor one that depends on it occurs, since KVM takes long to ask]
     #[arg(long, value_name = "WHAT", help_heading = "Guest")]
     pub cpuid: Option<Cpuid>,
@@ -68,10 +68,10 @@ pub struct Config {
     #[arg(long, value_name = "TEXT", help_heading = "Life")]
     pub until: Option<String>,
     /// End the machine with status 124 after this many seconds (fractions allowed)
-    #[arg(long, value_name = "SECONDS", help_heading = "Life")]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Life")]
     pub timeout: Option<Seconds>,
     /// End the machine with status 124 after this many exits of all CPUs
-    #[arg(long, value_name = "N", help_heading = "Life")]
+    #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true, help_heading = "Life")]
     pub max_exits: Option<u64>,
     /// A reset starts the machine anew; without it a reset ends it
     #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Life", required = false)]
@@ -167,6 +167,11 @@ pub fn number(text: &str) -> Result<u64, String> {
     })
 }
 
+/// Reads a number of at most 32 bits.
+fn small_number(text: &str) -> Result<u32, String> {
+    u32::try_from(number(text)?).map_err(|_| format!("{text:?} does not fit in 32 bits"))
+}
+
 /// Gives a type serde by way of its words, so that a configuration file and the command line say the same.
 macro_rules! serde_as_text {
     ($($name:ty),*) => {$(
@@ -205,7 +210,8 @@ impl FromStr for Size {
             Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
             _ => (text, 0),
         };
-        let bytes = number(digits)?.checked_mul(1 << shift);
+        let not_a_size = |why| format!("{why}; a size is a number of bytes, or a number with K, M or G");
+        let bytes = number(digits).map_err(not_a_size)?.checked_mul(1 << shift);
         bytes.map(Self).ok_or_else(|| format!("{text:?} does not fit in 64 bits"))
     }
 }
@@ -357,7 +363,7 @@ impl FromStr for DebugConsole {
                 }
             }
             Some(("mmio", addr)) => Ok(Self { space: Space::Mmio, addr: number(addr)? }),
-            _ => Err(format!("{text:?} is not pio:ADDR or mmio:ADDR")),
+            _ => Err(format!("{text:?} is not pio:ADDR or mmio:ADDR (for port 0xe9 put the guest before --debugcon)")),
         }
     }
 }
@@ -376,7 +382,11 @@ pub struct Seconds(pub std::time::Duration);
 impl FromStr for Seconds {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let seconds: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+        let not_seconds = || format!("{text:?} is not a number of seconds");
+        let seconds: f64 = match number(text) {
+            Ok(whole) => std::time::Duration::from_secs(whole).as_secs_f64(),
+            Err(_) => text.parse().map_err(|_| not_seconds())?,
+        };
         std::time::Duration::try_from_secs_f64(seconds)
             .map(Self)
             .map_err(|_| format!("{text:?} is not a possible time span"))

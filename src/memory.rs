@@ -153,7 +153,7 @@ fn map_file(spans: &[&Span], huge: bool, regions: &mut Vec<GuestRegionMmap<()>>)
     };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let flags = if huge { flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { flags };
-    let file = rustix::fs::memfd_create("guest-ram", flags).map_err(|e| fail("make a memory file for", &e))?;
+    let file = rustix::fs::memfd_create("guest-ram", flags).context("cannot make a memory file for guest RAM")?;
     let file = Arc::new(File::from(file));
     file.set_len(total).map_err(|e| fail("size the memory file for", &e))?;
     rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)

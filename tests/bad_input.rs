@@ -71,6 +71,12 @@ fn words_that_mean_nothing() {
         ("--cpu-mode long --entry 1:2", "real"),
         ("--ram-base 0x123", "--ram-base"),
         ("--timeout x", "x"),
+        ("--timeout -1", "not"),
+        ("--cpus -1", "not a number"),
+        ("--cpus 0x100000000", "32 bits"),
+        ("--max-exits 0", "--max-exits"),
+        ("--memory 1T", "K, M or G"),
+        ("--config /dev/zero", "/dev/zero"),
     ];
     for (words, reason) in cases {
         bantam("run").arg(guest.path()).words(words).run().refused(2).said(reason);

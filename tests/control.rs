@@ -98,6 +98,14 @@ fn vcpus_have_threads_with_names() {
 
 /// A shell on a terminal of its own; `typed` is what a person types, each after a pause.
 fn on_terminal(command: &str, typed: &[&str]) -> String {
+    typing(command, typed, Duration::from_millis(700))
+}
+
+fn on_terminal_at_once(command: &str, typed: &str) -> String {
+    typing(command, &[typed], Duration::ZERO)
+}
+
+fn typing(command: &str, typed: &[&str], pause: Duration) -> String {
     use std::io::Write;
     let mut child = std::process::Command::new("script")
         .args(["-qec", command, "/dev/null"])
@@ -107,7 +115,7 @@ fn on_terminal(command: &str, typed: &[&str]) -> String {
         .unwrap();
     let mut stdin = child.stdin.take().unwrap();
     for text in typed {
-        std::thread::sleep(Duration::from_millis(700));
+        std::thread::sleep(pause);
         stdin.write_all(text.as_bytes()).unwrap();
     }
     let output = child.wait_with_output().unwrap();
@@ -127,6 +135,28 @@ fn the_console_keys_work_and_the_terminal_is_restored() {
     let flags: Vec<_> = shown.lines().filter(|l| l.contains("isig")).collect();
     assert_eq!(flags.len(), 2, "{shown}");
     assert!(flags[0] == flags[1] && !flags[0].contains("-isig"), "{flags:?}");
+}
+
+#[test]
+fn ctrl_a_x_leaves_a_guest_that_never_listens() {
+    if !kvm() || !have("script") {
+        return;
+    }
+    let guest = file(SPIN);
+    let command = format!("{} run {}; echo status=$?", program().display(), guest.path().display());
+    let shown = on_terminal(&command, &["\x01x"]);
+    assert!(shown.contains("status=0"), "{shown}");
+}
+
+#[test]
+fn a_short_guest_leaves_what_was_typed_to_the_shell() {
+    if !kvm() || !have("script") {
+        return;
+    }
+    let command = format!("{} example add; read line; echo \"got <$line>\"", program().display());
+    // Typed before the guest ends: `script` hands it to the terminal at once.
+    let shown = on_terminal_at_once(&command, "next command\n");
+    assert!(shown.contains("got <next command>"), "{shown}");
 }
 
 #[test]

@@ -264,6 +264,22 @@ fn a_reset_ends_the_machine_or_starts_it_anew() {
 }
 
 #[test]
+fn a_guest_that_may_ask_is_told_its_cpu() {
+    if !kvm() {
+        return;
+    }
+    // xor eax,eax; cpuid; out 0xf4,al: the highest leaf, without the exit status's own bit.
+    let ask = [0x66, 0x31, 0xc0, 0x0f, 0xa2, 0xe6, 0xf4];
+    assert!(run_bytes(&ask, "").status > 3);
+    run_bytes(&ask, "--cpuid none").expect(1);
+    // Long mode with RAM beyond 36 bits of address: the width comes from CPUID. mov al,5; mov [rsi],al; out 0xf4,al
+    let far = [0xb0, 0x05, 0x88, 0x06, 0xe6, 0xf4];
+    run_bytes(&far, "--cpu-mode long --memory 80G --reg rsi=0x1400000000").expect(11);
+    run_bytes(&far, "--cpu-mode long --memory 4M --ram-base 0x200000000 --load-at 0x200000000 --reg rsi=0x200001000")
+        .expect(11);
+}
+
+#[test]
 fn ram_can_be_huge_pages() {
     if !kvm() || !common::root() {
         return;

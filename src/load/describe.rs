@@ -30,7 +30,8 @@ impl fmt::Display for Guest {
         if let Format::Multiboot2 { header, .. } = &self.format {
             writeln!(f, "header: at {:#x} of the file", header.at)?;
             for kind in &header.requests {
-                writeln!(f, "asks for: {} (tag {kind})", multiboot2::information_name(*kind))?;
+                let given = if multiboot2::GIVEN.contains(kind) { "" } else { ", which this machine has not" };
+                writeln!(f, "asks for: {} (tag {kind}){given}", multiboot2::information_name(*kind))?;
             }
             if let Some((lowest, highest)) = header.relocatable {
                 writeln!(f, "relocatable: {lowest:#x}..={highest:#x}")?;

@@ -56,7 +56,8 @@ pub fn load(config: &Config, image: &Image, memory: &Memory, layout: &Layout) ->
 /// time that a tiny machine takes from start to end (a trap for each leaf, on a virtual host).
 ///
 /// All that such a guest can execute is its file, zeroes, and what it writes itself. A file of a boot sector's size has
-/// no room for a program packed away in it.
+/// no room for a program packed away in it; one that makes up a CPUID instruction as it runs reads zeroes, and wants
+/// `--cpuid host`. (Real mode only: KVM takes the width of a physical address, for page tables, from CPUID too.)
 ///
 /// # Errors
 /// The file cannot be read.

@@ -171,6 +171,12 @@ fn refuse_words(config: &Config, format: &Format) -> Result<(), Refusal> {
 pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
     refuse_words(config, &guest.format)?;
     let mut settled = config.clone();
+    if config.max_exits == Some(0) {
+        return Err(usage("--max-exits 0: a guest makes at least one exit").into());
+    }
+    if config.until.as_ref().is_some_and(String::is_empty) {
+        return Err(usage("--until: an empty text is never shown").into());
+    }
     if config.cmdline.as_ref().is_some_and(|text| text.contains('\0')) {
         return Err(usage("--cmdline holds a NUL, which would end it").into());
     }
@@ -194,7 +200,8 @@ pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
         (None, _) => IrqChip::Kernel,
     });
     if settled.cpuid.is_none() {
-        let asks = !flat || settled.irqchip != Some(IrqChip::None) || flat::may_ask_cpuid(&guest.image)?;
+        let simple = flat && settled.irqchip == Some(IrqChip::None) && settled.cpu_mode == Some(CpuMode::Real);
+        let asks = !simple || flat::may_ask_cpuid(&guest.image)?;
         settled.cpuid = Some(if asks { Cpuid::Host } else { Cpuid::None });
     }
     let mut boot = BootRegs::real();

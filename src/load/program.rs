@@ -65,13 +65,16 @@ impl Program {
         Ok(Self { segments, entry, sections: None })
     }
 
-    /// The entry lies in a segment.
+    /// The entry lies in the part of a segment that the file fills.
     pub fn check_entry(&self) -> Result<(), Refusal> {
         let entry = Span { start: self.entry, size: 1 };
-        if self.segments.iter().any(|s| s.span.contains(&entry)) {
-            return Ok(());
+        match self.segments.iter().find(|s| s.span.contains(&entry)) {
+            Some(segment) if self.entry - segment.span.start < segment.filled => Ok(()),
+            Some(_) => {
+                Err(refuse(format!("its entry, {:#x}, lies beyond the end of what the file holds for it", self.entry)))
+            }
+            None => Err(refuse(format!("its entry, {:#x}, lies in none of its segments", self.entry))),
         }
-        Err(refuse(format!("its entry, {:#x}, lies in none of its segments", self.entry)))
     }
 
     /// All of it lies below `limit`.

@@ -228,7 +228,7 @@ impl Machine<Paused> {
         let text = match end {
             End::Guest(cpu, Stop::Died(fault)) => crate::report::death(*cpu, fault, &self.state.vcpus, &self.memory),
             End::Guest(_, Stop::Halted { interrupts: true }) => {
-                "hint: the guest halted with interrupts on, but this machine has no interrupt controller; give it one: --irqchip kernel".into()
+                "bantam: the guest halted with interrupts on, and this machine has no interrupt controller to wake it\nhint: give it one: --irqchip kernel".into()
             }
             End::Guest(_, Stop::MaxExits) => {
                 format!("bantam: --max-exits reached: the guest made {} exits", self.config.max_exits.unwrap_or(0))

@@ -25,6 +25,13 @@ use crate::host::{sys, terminal};
 /// Bytes read from stdin at once.
 const CHUNK: usize = 1024;
 
+/// When the keyboard is ours: at once if the guest asks for input, else once the machine has run this long. Whoever
+/// pastes several commands into a shell does not want a guest of two milliseconds to eat the second one.
+const KEYS: Duration = Duration::from_millis(200);
+
+/// How long a device that was busy is left alone before it is told again of its input.
+const RETELL: Duration = Duration::from_millis(1);
+
 /// Tokens of the descriptors that [`Streams`] watches.
 const INPUT: u64 = 1;
 const LISTEN: u64 = 2;
@@ -33,8 +40,8 @@ const LISTEN: u64 = 2;
 enum Source {
     /// Nowhere, ever.
     None,
-    /// Stdin, not touched before the guest asks for input.
-    Unopened,
+    /// Stdin, not touched before the guest asks for input; a terminal is listened to from `keys` on at the latest.
+    Unopened { keys: Option<Instant> },
     /// An open descriptor. `watched`: the event loop will hear of it; else it is always ready (a file) or paused.
     Open { fd: OwnedFd, watched: bool, always: bool },
 }
@@ -107,7 +114,8 @@ impl Streams {
             Serial::Stdio => {
                 streams.serial_flusher = 0;
                 streams.serial = streams.console.clone();
-                streams.source = Source::Unopened;
+                let keys = terminal::is_ours().then(|| Instant::now() + KEYS);
+                streams.source = Source::Unopened { keys };
             }
             Serial::None => streams.input.end(),
             Serial::File(path) => {
@@ -178,7 +186,13 @@ impl Streams {
     /// When [`Streams::serve`] wants to be called even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         let input_now = matches!(self.source, Source::Open { always: true, .. }) && self.input.room() > 0;
-        if self.retell || input_now { Some(Instant::now()) } else { self.flush_at }
+        let soon = match (input_now, self.retell) {
+            (true, _) => Some(Instant::now()),
+            (false, true) => Some(Instant::now() + RETELL),
+            (false, false) => None,
+        };
+        let keys = if let Source::Unopened { keys } = self.source { keys } else { None };
+        [soon, keys, self.flush_at].into_iter().flatten().min()
     }
 
     /// Does what there is to do. `ready`: the tokens that are.
@@ -190,7 +204,9 @@ impl Streams {
         if ready.contains(&LISTEN) {
             self.accept(readiness)?;
         }
-        if matches!(self.source, Source::Unopened) && self.input.is_wanted() {
+        if let Source::Unopened { keys } = self.source
+            && (self.input.is_wanted() || keys.is_some_and(|at| at <= Instant::now()))
+        {
             self.open_stdin(readiness)?;
         }
         let mut wish = Wish { input: std::mem::take(&mut self.retell), ..Wish::default() };

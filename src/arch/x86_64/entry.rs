@@ -65,7 +65,9 @@ pub fn enter(mode: CpuMode, entry: Entry, memory: &Memory, layout: &Layout) -> R
         return Ok(boot);
     }
     let tables = layout.tables.context("the layout has no place for the boot tables of this mode")?;
-    let rsp = layout.top_below_4g().ok_or_else(|| {
+    // A 64-bit guest whose RAM all lies above 4 GiB has its stack there.
+    let above = layout.ram.last().filter(|_| mode == CpuMode::Long).map(|span| span.start + span.size);
+    let rsp = layout.top_below_4g().or(above).ok_or_else(|| {
         refuse(format!("{mode} mode needs RAM below 4 GiB for its stack, and there is none"))
             .hint("give a lower --ram-base, or none")
     })?;

@@ -123,11 +123,11 @@ fn ram_spans(config: &Config) -> Result<Vec<Span>> {
             .into());
     }
     if !size.is_multiple_of(page) {
-        let hint = format!(
-            "the nearest valid sizes are {} and {} bytes",
-            size - size % page,
-            (size - size % page).saturating_add(page)
-        );
+        let below = size - size % page;
+        let hint = match below {
+            0 => format!("the least is {page} bytes"),
+            _ => format!("the nearest valid sizes are {below} and {} bytes", below.saturating_add(page)),
+        };
         return Err(refuse(format!("--memory of {size} bytes is not a multiple of the page size, {page} bytes"))
             .hint(hint)
             .into());
