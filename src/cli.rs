@@ -182,14 +182,15 @@ fn example(name: &str, words: &ArgMatches, command: &mut clap::Command) -> Resul
 /// The options of a machine: those of `base`, then of the file, then of the command line.
 fn config(base: Config, words: &ArgMatches) -> Result<Config> {
     let mut config = match words.get_one::<PathBuf>("config") {
-        Some(path) => from_file(path)?,
+        Some(path) => from_file(&base, path)?,
         None => base,
     };
     config.update_from_arg_matches(words).map_err(|e| understandable(&e))?;
     Ok(config)
 }
 
-fn from_file(path: &Path) -> Result<Config> {
+/// `base` with what the file says in its place.
+fn from_file(base: &Config, path: &Path) -> Result<Config> {
     let what = || format!("--config {}", path.display());
     let file = Image::open(path).map_err(|e| usage(format!("--config {e:#}")))?;
     if file.len() > MAX_CONFIG {
@@ -197,11 +198,18 @@ fn from_file(path: &Path) -> Result<Config> {
     }
     let bytes = file.head(1 << 20).with_context(what)?;
     let text = String::from_utf8(bytes).map_err(|_| usage(format!("{}: it is not text", what())))?;
-    toml::from_str(&text).map_err(|e| {
+    let wrong = |e: toml::de::Error| {
         let line =
             e.span().map_or(0, |span| text.get(..span.start).map_or(0, |before| before.matches('\n').count() + 1));
-        usage(format!("{} line {line}: {}", what(), e.message().replace('\n', " "))).into()
-    })
+        usage(format!("{} line {line}: {}", what(), e.message().replace('\n', " ")))
+    };
+    toml::from_str::<Config>(&text).map_err(wrong)?;
+    let said: serde_json::Map<_, _> = toml::from_str(&text).map_err(wrong)?;
+    let mut all = serde_json::to_value(base)?;
+    if let Some(all) = all.as_object_mut() {
+        all.extend(said);
+    }
+    serde_json::from_value(all).with_context(what)
 }
 
 /// One line of what and why, and the tip, if there is one.
@@ -275,6 +283,15 @@ mod tests {
         std::fs::write(&file, "memory = 1\n\nmemroy = 2\n").unwrap();
         let error = words(&format!("run g --config {}", file.path().display())).unwrap_err();
         assert!(format!("{error:#}").contains("line 3") && verdict(&error).0 == 2, "{error:#}");
+    }
+
+    #[test]
+    fn a_file_is_laid_over_an_examples_own_words() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, "cpus = 2\nreg = [\"rax=7\"]\n").unwrap();
+        let config = run(&format!("example add --config {}", file.path().display()));
+        assert_eq!((config.memory, config.cpus), (Size(4096), 2));
+        assert_eq!(config.reg, ["rax=7".parse().unwrap()]);
     }
 
     #[test]

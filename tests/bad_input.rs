@@ -30,6 +30,9 @@ fn files_that_are_not_guests() {
     outcome.refused(125).said("RAM");
     assert!(outcome.took.as_secs() < 1);
     bantam("inspect").arg(path("none")).run().refused(125);
+    let fifo = path("fifo").display().to_string();
+    bantam(&format!("example add --serial file:{fifo}")).run().refused(125).said("--serial");
+    bantam(&format!("example add --trace={fifo}")).run().refused(125).said("--trace");
 }
 
 #[test]

@@ -39,6 +39,18 @@ fn max_exits_counts_the_exits_of_all_cpus() {
 }
 
 #[test]
+fn max_exits_spans_reboots() {
+    if !kvm() {
+        return;
+    }
+    // mov al,0xfe; out 0x64,al
+    let guest = file(&[0xb0, 0xfe, 0xe6, 0x64]);
+    let outcome = bantam("run").arg(guest.path()).words("--reboot --max-exits 5 --trace --timeout 20").run();
+    outcome.expect(124).said("--max-exits");
+    assert_eq!(outcome.trace().len(), 5);
+}
+
+#[test]
 fn until_ends_with_0_when_its_text_has_been_shown() {
     if !kvm() {
         return;
@@ -60,6 +72,23 @@ fn signals_end_a_spinning_machine_at_once() {
         run.wait().expect(status).printed("");
         assert!(start.elapsed() < Duration::from_millis(500), "{name}: {:?}", start.elapsed());
     }
+}
+
+#[test]
+fn a_parent_that_blocks_or_ignores_signals_does_no_harm() {
+    if !kvm() || !have("env") {
+        return;
+    }
+    let guest = file(SPIN);
+    let under = |option: &str| {
+        let run = Run::of("env".as_ref(), [option.into()]).arg(program()).arg("run").arg(guest.path());
+        run.words("--timeout 0.4").start()
+    };
+    under("--block-signal=RTMIN").wait().expect(124);
+    let run = under("--ignore-signal=HUP");
+    std::thread::sleep(Duration::from_millis(100));
+    run.signal("HUP");
+    run.wait().expect(124);
 }
 
 #[test]
@@ -145,6 +174,19 @@ fn ctrl_a_x_leaves_a_guest_that_never_listens() {
     let guest = file(SPIN);
     let command = format!("{} run {}; echo status=$?", program().display(), guest.path().display());
     let shown = on_terminal(&command, &["\x01x"]);
+    assert!(shown.contains("status=0"), "{shown}");
+}
+
+#[test]
+fn ctrl_a_x_is_heard_behind_a_paste_that_nobody_reads() {
+    if !kvm() || !have("script") {
+        return;
+    }
+    // mov dx,0x3fd; in al,dx; jmp $
+    let guest = file(&[0xba, 0xfd, 0x03, 0xec, 0xeb, 0xfe]);
+    let command = format!("{} run {}; echo status=$?", program().display(), guest.path().display());
+    let paste = "x".repeat(4000);
+    let shown = on_terminal(&command, &[&paste, &paste, "\x01x"]);
     assert!(shown.contains("status=0"), "{shown}");
 }
 

@@ -150,6 +150,24 @@ fn a_halted_machine_ends_whatever_its_irqchip() {
 }
 
 #[test]
+fn a_halted_machine_ends_though_a_timer_ticks() {
+    if !kvm() {
+        return;
+    }
+    // The local APIC's timer, periodic, each millisecond: spurious vector and enable, divide by 1, LVT, initial count.
+    let mut code = Vec::new();
+    for (register, value) in
+        [(0xfee0_00f0u32, 0x1ffu32), (0xfee0_03e0, 0xb), (0xfee0_0320, 0x2_0020), (0xfee0_0380, 1_000_000)]
+    {
+        code.extend([0xc7, 0x05]);
+        code.extend(register.to_le_bytes());
+        code.extend(value.to_le_bytes());
+    }
+    code.extend([0xfa, 0xf4]);
+    run_bytes(&code, "--cpu-mode protected --irqchip kernel --timeout 5").expect(0);
+}
+
+#[test]
 fn ram_of_every_size_is_there() {
     if !kvm() {
         return;

@@ -317,7 +317,8 @@ fn p30_a_slow_reader_loses_nothing() {
     let mut all = Vec::new();
     let mut part = [0; 16 << 10];
     loop {
-        std::thread::sleep(Duration::from_millis(100));
+        // 40 KB/s: each of our buffers takes longer than anyone's patience with a reader that does not move.
+        std::thread::sleep(Duration::from_millis(400));
         match out.read(&mut part).unwrap() {
             0 => break,
             count => all.extend_from_slice(&part[..count]),
@@ -326,6 +327,31 @@ fn p30_a_slow_reader_loses_nothing() {
     assert!(child.wait().unwrap().success());
     assert_eq!(all.len(), 3600 * 64);
     assert!(all.chunks(64).all(|line| line == &all[..64]));
+}
+
+#[test]
+fn p30_every_life_of_a_machine_waits_for_its_reader() {
+    use std::io::Read;
+    if !kvm() {
+        return;
+    }
+    // mov cx,1000; L: out 0x10,al; loop L; mov al,0xfe; out 0x64,al
+    let guest = file(&[0xb9, 0xe8, 0x03, 0xe6, 0x10, 0xe2, 0xfc, 0xb0, 0xfe, 0xe6, 0x64]);
+    let mut run = bantam("run").arg(guest.path()).words("--reboot --trace --max-exits 20000");
+    let mut child = run.command().spawn().unwrap();
+    let mut err = child.stderr.take().unwrap();
+    let mut all = Vec::new();
+    let mut part = [0; 32 << 10];
+    loop {
+        std::thread::sleep(Duration::from_millis(20));
+        match err.read(&mut part).unwrap() {
+            0 => break,
+            count => all.extend_from_slice(&part[..count]),
+        }
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+    let text = String::from_utf8(all).unwrap();
+    assert_eq!(text.lines().filter(|l| l.contains("cpu0 out")).count(), 20_000, "{}", &text[text.len() - 300..]);
 }
 
 #[test]

@@ -61,6 +61,8 @@ struct State {
     stuck: bool,
     /// The machine is ending: no one waits any more.
     released: bool,
+    /// Bytes written in all: whether the reader moves.
+    moved: u64,
     lost: u64,
 }
 
@@ -116,11 +118,25 @@ impl Output {
         }
         state.urgent = true;
         self.0.bell.ring();
-        let full = |state: &mut State| state.bytes.len() >= CAPACITY && !state.released;
-        let (mut state, timeout) =
-            self.0.room.wait_timeout_while(state, PATIENCE, full).unwrap_or_else(PoisonError::into_inner);
-        state.stuck |= timeout.timed_out();
-        state
+        loop {
+            let before = state.moved;
+            let full = |state: &mut State| state.bytes.len() >= CAPACITY && !state.released;
+            let waited = self.0.room.wait_timeout_while(state, PATIENCE, full);
+            let timeout;
+            (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            if !timeout.timed_out() {
+                return state;
+            }
+            if state.moved == before {
+                state.stuck = true;
+                return state;
+            }
+        }
+    }
+
+    /// The opposite of [`Output::release`]: the machine starts anew.
+    pub fn hold(&self) {
+        self.0.lock().released = false;
     }
 
     /// Lets every waiting vCPU go on; the machine is ending.
@@ -149,6 +165,8 @@ pub struct Flusher {
     taken: VecDeque<u8>,
     /// The reader is gone.
     closed: bool,
+    /// Readers come and go (a socket): without one, bytes are dropped and that is no loss.
+    visited: bool,
 }
 
 enum Target {
@@ -223,7 +241,7 @@ pub fn output(fd: Option<OwnedFd>, bell: Bell) -> rustix::io::Result<(Output, Fl
     let bytes = VecDeque::with_capacity(CAPACITY);
     let state = Mutex::new(State { bytes, ..State::default() });
     let shared = Arc::new(Shared { state, room: Condvar::new(), bell, by_line });
-    let flusher = Flusher { shared: shared.clone(), target, taken: VecDeque::new(), closed: false };
+    let flusher = Flusher { shared: shared.clone(), target, taken: VecDeque::new(), closed: false, visited: false };
     Ok((Output(shared), flusher))
 }
 
@@ -234,7 +252,7 @@ impl Flusher {
     /// `fd` is not open.
     pub fn connect(&mut self, fd: Option<OwnedFd>) -> rustix::io::Result<()> {
         self.target = fd.map_or(Ok(Target::Nowhere), Target::new)?;
-        self.closed = false;
+        (self.closed, self.visited) = (false, true);
         Ok(())
     }
 
@@ -281,10 +299,13 @@ impl Flusher {
             match self.target.write(first) {
                 Ok(written) => {
                     self.taken.drain(..written.min(self.taken.len()));
-                    self.shared.lock().stuck = false;
+                    let mut state = self.shared.lock();
+                    state.stuck = false;
+                    state.moved += written as u64;
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return false,
+                Err(_) if self.visited => self.target = Target::Nowhere,
                 Err(_) => self.closed = true,
             }
         }
@@ -296,14 +317,19 @@ impl Flusher {
         self.taken.clear();
     }
 
-    /// Writes what is left, waiting for the reader until `deadline`; gives how many bytes were lost in all, and whether
-    /// that was because the reader is gone.
-    pub fn finish(&mut self, deadline: Instant) -> (u64, bool) {
+    /// Writes what is left. Waits for a reader that moves, and `patience` for one that does not; gives how many bytes
+    /// were lost since the last time, and whether that was because the reader is gone.
+    pub fn finish(&mut self, patience: Duration) -> (u64, bool) {
+        let (mut deadline, mut moved) = (Instant::now() + patience, 0);
         loop {
             match self.flush() {
                 Left::Idle => break,
                 Left::Written => continue,
                 Left::Waiting => {}
+            }
+            let now_moved = self.shared.lock().moved;
+            if now_moved != std::mem::replace(&mut moved, now_moved) && patience >= PATIENCE {
+                deadline = Instant::now() + patience;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -316,7 +342,9 @@ impl Flusher {
                 writable(fd, left.min(Duration::from_millis(50)));
             }
         }
-        (self.shared.lock().lost, self.closed)
+        let mut state = self.shared.lock();
+        (state.armed, state.urgent, state.stuck) = (false, false, false);
+        (std::mem::take(&mut state.lost), self.closed)
     }
 }
 
@@ -362,7 +390,7 @@ mod tests {
             }
         }
         assert!(start.elapsed() < 3 * PATIENCE, "{:?}", start.elapsed());
-        let (lost, closed) = flusher.finish(Instant::now());
+        let (lost, closed) = flusher.finish(Duration::ZERO);
         assert!(!closed && lost > CAPACITY as u64 && lost < total as u64, "{lost}");
     }
 
@@ -372,7 +400,7 @@ mod tests {
         drop(read);
         output.push_all(b"abc");
         assert_eq!(flusher.flush(), Left::Written);
-        assert_eq!(flusher.finish(Instant::now()), (3, true));
+        assert_eq!(flusher.finish(Duration::ZERO), (3, true));
     }
 
     #[test]

@@ -52,7 +52,9 @@ extern "C" fn on_kick(_signal: i32) {
 /// # Errors
 /// The host refuses the signal handler.
 pub fn handle_kicks() -> io::Result<()> {
-    handle(kick_signal(), on_kick, 0)
+    handle(kick_signal(), on_kick, 0)?;
+    // A parent may have left it blocked; then no CPU could be stopped.
+    mask(libc::SIG_UNBLOCK, &set_of(&[kick_signal()]))
 }
 
 /// Makes kicks of the calling thread set `immediate_exit`, the byte in `kvm_run`.
@@ -95,33 +97,53 @@ pub fn thread_cpu_time(thread: i32) -> Option<Duration> {
     Some(Duration::new(u64::try_from(time.tv_sec).ok()?, u32::try_from(time.tv_nsec).ok()?))
 }
 
-/// The signals that end a machine, and the one that stops the process for a while.
-const CONTROL: [i32; 5] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP];
+/// The signals that end a machine, and the two that stop the process for a while and let it go on.
+const CONTROL: [i32; 6] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT];
 
-/// The terminal's "stop", the one of the control signals that does not end the machine.
+/// The terminal's "stop".
 pub const SIGTSTP: i32 = libc::SIGTSTP;
+/// The process goes on.
+pub const SIGCONT: i32 = libc::SIGCONT;
 /// What ctrl-c sends.
 pub const SIGINT: i32 = libc::SIGINT;
+
+fn set_of(signals: &[i32]) -> libc::sigset_t {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    for signal in signals {
+        // SAFETY: the set was initialised above.
+        unsafe { libc::sigaddset(set.as_mut_ptr(), *signal) };
+    }
+    // SAFETY: as above.
+    unsafe { set.assume_init() }
+}
+
+fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: the set is valid for the call.
+    match unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Whether whoever started this process asked that the signal be ignored, as nohup and a script's `&` do.
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: all zeroes is a valid sigaction.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    // SAFETY: the call only writes to `action`.
+    let result = unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) };
+    result == 0 && action.sa_sigaction == libc::SIG_IGN
+}
 
 /// Turns the control signals of this process into readable events. Call before any thread is started.
 ///
 /// # Errors
 /// The host has no descriptor left.
 pub fn control_signals() -> io::Result<OwnedFd> {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset initialises the set.
-    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    for signal in CONTROL {
-        // SAFETY: the set was initialised above.
-        unsafe { libc::sigaddset(set.as_mut_ptr(), signal) };
-    }
-    // SAFETY: as above.
-    let set = unsafe { set.assume_init() };
-    // SAFETY: the set is valid for the call.
-    let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
-    if result != 0 {
-        return Err(io::Error::from_raw_os_error(result));
-    }
+    let ours: Vec<i32> = CONTROL.into_iter().filter(|signal| !is_ignored(*signal)).collect();
+    let set = set_of(&ours);
+    mask(libc::SIG_BLOCK, &set)?;
     // SAFETY: the set is valid for the call.
     let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
     if fd < 0 {
@@ -164,14 +186,36 @@ pub fn exit_now(status: u8) -> ! {
     unsafe { libc::_exit(i32::from(status)) }
 }
 
-/// Handles the signals of a crash, on the alternate stacks that the standard library gives each thread.
+/// What ends a process that does nothing about it, crashes first.
+const FATAL: [i32; 15] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGSYS,
+    libc::SIGABRT,
+    libc::SIGTRAP,
+    libc::SIGXCPU,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+];
+
+/// Handles the signals of a crash, on the alternate stacks that the standard library gives each thread. Those that only
+/// tell of a failed call (a file too large, the terminal's refusal in the background) are ignored: the call fails.
 ///
 /// # Errors
 /// The host refuses a handler.
 pub fn handle_fatal_signals() -> io::Result<()> {
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS, libc::SIGABRT]
-        .into_iter()
-        .try_for_each(|signal| handle(signal, on_fatal, libc::SA_ONSTACK))
+    for signal in [libc::SIGXFSZ, libc::SIGTTOU, libc::SIGTTIN] {
+        // SAFETY: SIG_IGN is a valid disposition.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+    FATAL.into_iter().try_for_each(|signal| handle(signal, on_fatal, libc::SA_ONSTACK))
 }
 
 #[cfg(test)]

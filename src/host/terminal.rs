@@ -31,12 +31,14 @@ pub fn make_raw() -> rustix::io::Result<()> {
     raw.make_raw();
     raw.output_modes.insert(OutputModes::OPOST | OutputModes::ONLCR);
     RAW.store(true, Ordering::SeqCst);
-    tcsetattr(stdin(), OptionalActions::Drain, &raw)
+    tcsetattr(stdin(), OptionalActions::Now, &raw)
 }
 
 /// Puts the terminal back as it was.
 pub fn restore() {
+    // From the background the terminal is someone else's.
     if RAW.swap(false, Ordering::SeqCst)
+        && is_ours()
         && let Some(before) = BEFORE.get()
     {
         let _ = tcsetattr(stdin(), OptionalActions::Now, before);

@@ -6,7 +6,7 @@
 mod streams;
 mod wait;
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -98,20 +98,35 @@ impl End {
 pub struct Life {
     deadline: Option<Instant>,
     exits_left: Option<Arc<AtomicU64>>,
-    signals: OwnedFd,
+    signals: OnceLock<OwnedFd>,
 }
 
 impl Life {
-    /// Starts the clock of `--timeout` and takes over the process's control signals. Call before any thread is started.
+    /// Starts the clock of `--timeout`.
+    pub fn new(config: &Config) -> Self {
+        Self {
+            deadline: config.timeout.and_then(|t| Instant::now().checked_add(t.0)),
+            exits_left: config.max_exits.map(|n| Arc::new(AtomicU64::new(n))),
+            signals: OnceLock::new(),
+        }
+    }
+
+    /// The process's control signals, taken over at the first call; before any thread is started, and not before there
+    /// is an event loop to answer them.
     ///
     /// # Errors
     /// The host has no descriptor left.
-    pub fn new(config: &Config) -> Result<Self> {
-        Ok(Self {
-            deadline: config.timeout.and_then(|t| Instant::now().checked_add(t.0)),
-            exits_left: config.max_exits.map(|n| Arc::new(AtomicU64::new(n))),
-            signals: sys::control_signals().context("taking over the process's signals")?,
-        })
+    fn signals(&self) -> Result<&OwnedFd> {
+        if let Some(signals) = self.signals.get() {
+            return Ok(signals);
+        }
+        let signals = sys::control_signals().context("taking over the process's signals")?;
+        Ok(self.signals.get_or_init(|| signals))
+    }
+
+    /// `--max-exits` has been reached.
+    fn is_spent(&self) -> bool {
+        self.exits_left.as_ref().is_some_and(|left| left.load(Ordering::Relaxed) == 0)
     }
 }
 
@@ -128,14 +143,20 @@ pub struct Ended {
 /// # Errors
 /// The machine cannot be built or run.
 pub fn run(config: &Config, guest: &Guest) -> Result<Ended> {
-    let life = Life::new(config)?;
+    let life = Life::new(config);
     let mut streams = Streams::open(config)?;
     let mut told: Option<Instant> = None;
     loop {
         let mut machine = build(config, &streams)?;
         machine.boot(guest)?;
-        let (machine, end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
+        let (machine, mut end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
+        if config.reboot && end.is_reset() && life.is_spent() {
+            end = End::Guest(0, Stop::MaxExits);
+        }
         let again = config.reboot && end.is_reset();
+        if !again {
+            crate::host::terminal::restore();
+        }
         // A guest that dies again and again does not flood stderr.
         let quiet = again && (!end.is_shutdown() || told.is_some_and(|at| at.elapsed() < REPORT_PAUSE));
         if !quiet {
@@ -198,12 +219,14 @@ impl Machine<Paused> {
     /// The host has no thread left.
     pub fn resume(self, life: &Life, streams: &Streams) -> Result<Machine<Running>> {
         let Self { state, config, layout, memory, board, vm } = self;
+        life.signals()?;
         sys::handle_kicks().context("the signal that kicks a CPU")?;
         let ended = Arc::new(OnceLock::new());
         let flags: Vec<_> = state.vcpus.iter().map(|_| Flag::new(life.exits_left.clone())).collect();
         let print = streams.trace().map(Print::new);
         let mut running = Running { workers: Vec::new(), flags, ended };
-        for (vcpu, flag) in state.vcpus.into_iter().zip(running.flags.clone()) {
+        // CPU 0 last: it runs at once, the others wait for it.
+        for (vcpu, flag) in state.vcpus.into_iter().zip(running.flags.clone()).rev() {
             let cpu = Cpu {
                 print: print.as_ref().map(|p| p.for_cpu(vcpu.id())),
                 vcpu,
@@ -213,9 +236,9 @@ impl Machine<Paused> {
                 bell: streams.bell(),
             };
             match Worker::start(format!("vcpu{}", cpu.vcpu.id()), move || cpu.run()) {
-                Ok(worker) => running.workers.push(worker),
+                Ok(worker) => running.workers.insert(0, worker),
                 Err(e) => {
-                    running.stop()?;
+                    running.abandon()?;
                     return Err(e);
                 }
             }
@@ -252,6 +275,12 @@ impl Machine<Paused> {
 }
 
 impl Running {
+    /// Stops the CPUs that have been started, the last ones.
+    fn abandon(mut self) -> Result<()> {
+        self.flags.drain(..self.flags.len().saturating_sub(self.workers.len()));
+        self.stop().map(drop)
+    }
+
     /// Stops every CPU and takes it back, in their order.
     fn stop(self) -> Result<Vec<Vcpu>> {
         let ended = self.ended.get().map(|(cpu, _)| *cpu);

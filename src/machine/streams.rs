@@ -63,6 +63,8 @@ pub struct Streams {
     flush_at: Option<Instant>,
     /// The serial device was busy when input came: tell it again.
     retell: bool,
+    /// A second client of the serial socket has been told so.
+    turned_away: bool,
 }
 
 /// What a person or a guest asked for through a stream.
@@ -104,6 +106,7 @@ impl Streams {
             until: config.until.clone(),
             flush_at: None,
             retell: false,
+            turned_away: false,
         };
         if config.serial == Serial::Stdio || config.debugcon.is_some() {
             let stdout = rustix::io::dup(rustix::stdio::stdout()).context("stdout")?;
@@ -120,7 +123,7 @@ impl Streams {
             Serial::None => streams.input.end(),
             Serial::File(path) => {
                 streams.input.end();
-                let file = File::create(path).with_context(|| format!("--serial file:{}", path.display()))?;
+                let file = create(path).with_context(|| format!("--serial file:{}", path.display()))?;
                 streams.serial = Some(streams.output(Some(file.into()))?);
             }
             Serial::Unix(path) => {
@@ -131,7 +134,7 @@ impl Streams {
         if let Some(path) = &config.trace {
             let to = match path.as_os_str() == "-" {
                 true => rustix::io::dup(rustix::stdio::stderr()).context("stderr")?,
-                false => File::create(path).with_context(|| format!("--trace={}", path.display()))?.into(),
+                false => create(path).with_context(|| format!("--trace={}", path.display()))?.into(),
             };
             streams.trace = Some(streams.output(Some(to))?);
         }
@@ -173,6 +176,9 @@ impl Streams {
     /// # Errors
     /// The host refuses.
     pub fn watch(&mut self, readiness: &Readiness) -> Result<()> {
+        for output in self.outputs() {
+            output.hold();
+        }
         if let Some((listener, _)) = &self.listener {
             readiness.watch(listener, LISTEN, Edge::Level)?;
         }
@@ -202,7 +208,7 @@ impl Streams {
     pub fn serve(&mut self, readiness: &Readiness, ready: &[u64]) -> Result<Wish> {
         self.flush_due();
         if ready.contains(&LISTEN) {
-            self.accept(readiness)?;
+            self.accept(readiness);
         }
         if let Source::Unopened { keys } = self.source
             && (self.input.is_wanted() || keys.is_some_and(|at| at <= Instant::now()))
@@ -265,7 +271,8 @@ impl Streams {
 
     fn read(&mut self, readiness: &Readiness, wish: &mut Wish) {
         let Source::Open { fd, .. } = &self.source else { return };
-        let room = self.input.room().min(CHUNK);
+        // A person's keys are always read, or ctrl-a x would wait behind what the guest does not take.
+        let room = if self.keys.is_some() { CHUNK } else { self.input.room().min(CHUNK) };
         if room == 0 {
             return;
         }
@@ -300,40 +307,47 @@ impl Streams {
         if let Source::Open { fd, .. } = std::mem::replace(&mut self.source, Source::None) {
             readiness.forget(&fd);
         }
-        if self.listener.is_some() {
-            self.disconnect();
+    }
+
+    /// One client at a time. One that has sent all it has may still read, until the next one comes.
+    fn accept(&mut self, readiness: &Readiness) {
+        let Some((listener, _)) = &self.listener else { return };
+        match listener.accept() {
+            Ok(_) if matches!(self.source, Source::Open { .. }) => {
+                if !std::mem::replace(&mut self.turned_away, true) {
+                    say("bantam: --serial: only one client at a time");
+                }
+            }
+            Ok((client, _)) => {
+                if let Err(e) = self.welcome(client.into(), readiness) {
+                    say(&format!("bantam: --serial: a client could not be served: {e:#}"));
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => {
+                // The event would never fall silent.
+                readiness.forget(listener);
+                say(&format!("bantam: --serial: no more clients: {e}"));
+            }
         }
     }
 
-    fn disconnect(&mut self) {
-        if let Some(flusher) = self.flushers.get_mut(self.serial_flusher) {
-            let _ = flusher.connect(None);
-        }
-    }
-
-    /// One client at a time; another one waits.
-    fn accept(&mut self, readiness: &Readiness) -> Result<()> {
-        let Some((listener, _)) = &self.listener else { return Ok(()) };
-        let Ok((client, _)) = listener.accept() else { return Ok(()) };
-        if matches!(self.source, Source::Open { .. }) {
-            say("bantam: --serial: a second client was turned away");
-            return Ok(());
-        }
-        let fd: OwnedFd = client.into();
-        let out = rustix::io::dup(&fd).context("--serial")?;
-        if let Some(flusher) = self.flushers.get_mut(self.serial_flusher) {
-            flusher.connect(Some(out)).context("--serial")?;
-        }
-        rustix::io::ioctl_fionbio(&fd, true).context("--serial")?;
+    fn welcome(&mut self, fd: OwnedFd, readiness: &Readiness) -> Result<()> {
+        let out = rustix::io::dup(&fd)?;
+        rustix::io::ioctl_fionbio(&fd, true)?;
         readiness.watch(&fd, INPUT, Edge::Level)?;
+        if let Some(flusher) = self.flushers.get_mut(self.serial_flusher) {
+            flusher.connect(Some(out))?;
+        }
         self.input.begin();
+        self.turned_away = false;
         self.source = Source::Open { fd, watched: true, always: false };
         Ok(())
     }
 
     /// Looks away from a source while the queue is full; a level-triggered event would never fall silent.
     fn pause_or_resume(&mut self, readiness: &Readiness) -> Result<()> {
-        let room = self.input.room() > 0;
+        let room = self.keys.is_some() || self.input.room() > 0;
         if let Source::Open { fd, watched, .. } = &mut self.source
             && *watched != room
         {
@@ -351,23 +365,30 @@ impl Streams {
     pub fn suspend(&self) {
         terminal::restore();
         sys::stop_self();
-        if self.keys.is_some() {
+    }
+
+    /// The process goes on, perhaps in the foreground.
+    pub fn go_on(&self) {
+        if self.keys.is_some() && terminal::is_ours() {
             let _ = terminal::make_raw();
         }
     }
 
     /// No vCPU waits for a reader any more.
     pub fn release(&self) {
-        for output in [&self.serial, &self.console, &self.trace].into_iter().flatten() {
+        for output in self.outputs() {
             output.release();
         }
     }
 
+    fn outputs(&self) -> impl Iterator<Item = &Output> {
+        [&self.serial, &self.console, &self.trace].into_iter().flatten()
+    }
+
     /// Writes out what is left, for at most `patience`, and says what was lost.
     pub fn finish(&mut self, patience: Duration) {
-        let deadline = Instant::now() + patience;
         for flusher in &mut self.flushers {
-            let (lost, closed) = flusher.finish(deadline);
+            let (lost, closed) = flusher.finish(patience);
             if lost > 0 {
                 let why = if closed { "its reader is gone" } else { "its reader does not read" };
                 say(&format!("bantam: {lost} bytes of output were lost: {why}"));
@@ -383,6 +404,13 @@ impl Drop for Streams {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// A file to write to; a FIFO without a reader is an error, not a wait.
+fn create(path: &Path) -> std::io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    File::options().write(true).create(true).truncate(true).custom_flags(flags).open(path)
 }
 
 fn listen(path: &Path) -> Result<UnixListener> {

@@ -23,6 +23,8 @@ const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LAST_LOOK: Duration = Duration::from_millis(200);
 /// How long a kicked CPU is given to answer.
 const ANSWER: Duration = Duration::from_millis(5);
+/// A CPU that uses less than this part of the time is asked what it does: 5 %.
+const IDLE_SHARE: u32 = 20;
 /// How long the last output may wait for its reader when the guest ended by itself, and when a person ended it.
 const PATIENCE: Duration = Duration::from_secs(1);
 const IMPATIENCE: Duration = Duration::from_millis(30);
@@ -40,28 +42,29 @@ impl Machine<Running> {
         let end = end?;
         let patience = if matches!(end, End::Signal(_) | End::Quit) { IMPATIENCE } else { PATIENCE };
         streams.finish(patience);
-        crate::host::terminal::restore();
         Ok((Machine { state: Paused { vcpus }, config, layout, memory, board, vm }, end))
     }
 
     fn serve(&self, life: &Life, streams: &mut Streams) -> Result<End> {
         let readiness = Readiness::new().context("epoll")?;
-        readiness.watch(&life.signals, SIGNALS, Edge::Level)?;
+        readiness.watch(life.signals()?, SIGNALS, Edge::Level)?;
         readiness.watch(&*streams, BELL, Edge::Edge)?;
         streams.watch(&readiness)?;
         let mut watch = Watch::new(self);
         let mut ready = Vec::new();
         loop {
-            if let Some((cpu, stop)) = self.state.ended.get() {
-                return Ok(End::Guest(*cpu, stop.clone()));
-            }
+            let ended = self.state.ended.get();
             let next = [life.deadline, streams.deadline(), watch.next].into_iter().flatten().min();
             let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
+            let patience = if ended.is_some() { Some(Duration::ZERO) } else { patience };
             readiness.wait(patience, &mut ready).context("epoll")?;
             if ready.contains(&SIGNALS)
                 && let Some(end) = signal(life, streams)
             {
                 return Ok(end);
+            }
+            if let Some((cpu, stop)) = ended {
+                return Ok(End::Guest(*cpu, stop.clone()));
             }
             let wish = streams.serve(&readiness, &ready)?;
             match wish.end {
@@ -86,10 +89,14 @@ impl Machine<Running> {
 /// The end that a signal asks for; none for one that only stops the process for a while.
 fn signal(life: &Life, streams: &Streams) -> Option<End> {
     let mut info = [0; sys::SIGNAL_INFO];
-    let count = rustix::io::read(&life.signals, &mut info).unwrap_or(0);
+    let count = rustix::io::read(life.signals().ok()?, &mut info).unwrap_or(0);
     match sys::signal_number(info.get(..count)?)? {
         sys::SIGTSTP => {
             streams.suspend();
+            None
+        }
+        sys::SIGCONT => {
+            streams.go_on();
             None
         }
         number => Some(End::Signal(number)),
@@ -97,12 +104,19 @@ fn signal(life: &Life, streams: &Streams) -> Option<End> {
 }
 
 /// Finds a machine whose CPUs are all halted with interrupts off. A CPU that halts inside KVM makes no exit; so one
-/// that has used no CPU time since the last look is kicked, once, and looks at itself.
+/// that has hardly used CPU time since the last look is kicked and looks at itself. (Hardly: a timer that nobody hears
+/// still wakes its thread for some microseconds.) One that has used none since its answer is left alone.
+///
+/// An answer may be old news by the time the last CPU gives its own; so when all say "for good", all are asked again,
+/// and only the second round counts.
 struct Watch<'a> {
     cpus: Vec<Watched<'a>>,
     /// When to look; never for a machine whose CPUs halt with an exit.
     next: Option<Instant>,
     pause: Duration,
+    last: Instant,
+    /// The second round is on.
+    confirming: bool,
 }
 
 struct Watched<'a> {
@@ -123,8 +137,9 @@ impl<'a> Watch<'a> {
     fn new(machine: &'a Machine<Running>) -> Self {
         let pairs = machine.state.workers.iter().zip(&machine.state.flags);
         let cpus = pairs.map(|(worker, flag)| Watched { worker, flag, used: None, state: Seen::Busy }).collect();
-        let next = machine.halts_in_kvm().then(|| Instant::now() + FIRST_LOOK);
-        Self { cpus, next, pause: FIRST_LOOK }
+        let now = Instant::now();
+        let next = machine.halts_in_kvm().then(|| now + FIRST_LOOK);
+        Self { cpus, next, pause: FIRST_LOOK, last: now, confirming: false }
     }
 
     /// Looks, if it is time to.
@@ -132,34 +147,49 @@ impl<'a> Watch<'a> {
         if self.next.is_none_or(|at| at > now) {
             return false;
         }
-        // Every CPU is looked at, whatever the others do.
-        let halted = self.cpus.iter_mut().filter_map(|cpu| cpu.is_halted().then_some(())).count();
-        let all = halted == self.cpus.len();
+        let since = now.saturating_duration_since(std::mem::replace(&mut self.last, now));
+        for cpu in &mut self.cpus {
+            cpu.look(since);
+        }
+        let any = |state| self.cpus.iter().any(|cpu| cpu.state == state);
+        let all = self.cpus.iter().all(|cpu| cpu.state == Seen::Is(Idle::ForGood));
+        if all && self.confirming {
+            return true;
+        }
+        if all {
+            self.confirming = true;
+            for cpu in &mut self.cpus {
+                cpu.ask();
+            }
+        } else if any(Seen::Busy) || any(Seen::Is(Idle::No)) {
+            self.confirming = false;
+        }
         self.pause = LAST_LOOK.min(self.pause * 2);
         let asked = self.cpus.iter().any(|cpu| cpu.state == Seen::Asked);
         self.next = Some(now + if asked { ANSWER } else { self.pause });
-        all
+        false
     }
 }
 
 impl Watched<'_> {
-    fn is_halted(&mut self) -> bool {
+    fn ask(&mut self) {
+        self.flag.look();
+        self.worker.kick();
+        self.state = Seen::Asked;
+    }
+
+    fn look(&mut self, since: Duration) {
         let used = self.flag.thread().and_then(sys::thread_cpu_time);
-        let idle = used.is_some() && used == self.used;
-        self.used = used;
-        self.state = match self.state {
-            Seen::Busy if idle => {
-                self.flag.look();
-                self.worker.kick();
-                Seen::Asked
-            }
-            Seen::Asked => match self.flag.seen() {
-                Idle::Unknown => Seen::Asked,
-                seen => Seen::Is(seen),
-            },
-            Seen::Is(seen) if idle => Seen::Is(seen),
-            Seen::Busy | Seen::Is(_) => Seen::Busy,
+        let spent = match (used, std::mem::replace(&mut self.used, used)) {
+            (Some(now), Some(before)) => now.saturating_sub(before),
+            _ => Duration::MAX,
         };
-        self.state == Seen::Is(Idle::ForGood)
+        match (self.state, self.flag.seen()) {
+            (Seen::Asked, Idle::Unknown) => {}
+            (Seen::Asked, seen) => self.state = Seen::Is(seen),
+            (Seen::Is(_), _) if spent.is_zero() => {}
+            _ if spent < since / IDLE_SHARE => self.ask(),
+            _ => self.state = Seen::Busy,
+        }
     }
 }

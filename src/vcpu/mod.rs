@@ -106,9 +106,9 @@ pub fn run_loop(vcpu: &mut Vcpu, buses: &Buses, flag: &Flag, trace: &mut impl Tr
         let mut exit = vcpu.run();
         let next = dispatch(&mut exit, buses);
         trace.leave(&exit, buses);
-        let counted = !matches!(exit, Exit::Interrupted);
+        let spent = !matches!(exit, Exit::Interrupted) && flag.spend();
         match next {
-            Next::Run if counted && flag.spend() => return Stop::MaxExits,
+            Next::Run if spent => return Stop::MaxExits,
             Next::Run => {}
             Next::Stop(Stop::Halted { .. }) => return Stop::Halted { interrupts: vcpu.interrupts_on() },
             Next::Stop(stop) => return stop,
@@ -188,7 +188,9 @@ impl Flag {
 
     /// Takes one exit off the limit; true when that was the last.
     fn spend(&self) -> bool {
-        self.left.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) <= 1)
+        let Some(left) = &self.left else { return false };
+        let before = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        before.is_ok_and(|left| left == 1) || before.is_err()
     }
 }
 

@@ -33,6 +33,6 @@ pub const FLAT_LOAD: u64 = 0x1000;
 /// The mode a flat guest is entered in unless its user says otherwise.
 pub const FLAT_MODE: crate::config::CpuMode = crate::config::CpuMode::Real;
 
-/// The first bytes of the instructions that CPUID itself, or KVM by what CPUID says, answers (Intel SDM vol. 2): CPUID,
-/// WRMSR, RDMSR, MOV to a control register, and group 7 with XGETBV and XSETBV.
-pub const ASKS_CPUID: &[&[u8]] = &[&[0x0f, 0xa2], &[0x0f, 0x30], &[0x0f, 0x32], &[0x0f, 0x22], &[0x0f, 0x01]];
+/// A byte that every instruction begins with which CPUID has a say in, by itself or in KVM's emulator: the two-byte
+/// opcodes (Intel SDM vol. 2, appendix A), CPUID, WRMSR, MOV to a control register and FXSAVE among them.
+pub const ASKS_CPUID: u8 = 0x0f;
