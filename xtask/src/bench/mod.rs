@@ -8,7 +8,7 @@ mod memory;
 mod subject;
 
 use std::fs;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -148,6 +148,11 @@ pub fn run(words: &Words) -> Result<ExitCode> {
     if let Some(counted) = counted.filter(|_| wanted(1)) {
         let (table, unjustified) = calls::table(&counted.add, &counted.floor);
         println!("\n{table}\n{unjustified} KVM ioctls without a justification");
+        let price = thread_price(words.runs.saturating_mul(SHORT))?;
+        println!(
+            "\n| min / p50 / p99, ms | with | without | ratio, min / p50 | the promise for `add` |\n|---|---|---|---|---|"
+        );
+        println!("{price} |");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -168,6 +173,25 @@ fn interleaved(guest: Guest, runs: u32, itself: bool) -> Result<Pair> {
         }
     }
     Ok(pair)
+}
+
+/// The floor against itself with its vCPU on a named thread: how near to the floor a monitor with such threads can come.
+fn thread_price(runs: u32) -> Result<String> {
+    let mut pair = Pair::default();
+    for round in 0..=runs {
+        for (side, word) in [(Side::Floor, "add"), (Side::Bantam, "thread")] {
+            let mut command = Command::new(Side::Floor.file(false));
+            command.arg(word).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let start = Instant::now();
+            let status = command.status()?;
+            let time = start.elapsed();
+            ensure!(status.success(), "floor {word}: {status}");
+            if round > 0 {
+                pair.of(side).0.push(time.as_nanos() as f64);
+            }
+        }
+    }
+    Ok(pair.line("the floor, its vCPU on a named thread of its own", 1e6, 3, 1.10))
 }
 
 /// System calls: of a run of `add`, and those other than KVM_RUN of one exit.

@@ -1,6 +1,6 @@
 //! The floor: the least that a program against libc can do to run a guest under KVM. The bench runs it beside Bantam.
 //!
-//! `floor add|none|serial|spin [--time]`; with `--time` it says on stderr how many nanoseconds its KVM_RUN loop took.
+//! `floor add|thread|none|serial|spin [--time]`; `thread` is `add` with the vCPU on a named thread of its own; with `--time` it says on stderr how many nanoseconds its KVM_RUN loop took.
 //! Invariant: it makes no system call that could be left out. That is why it asks for no API version, and hands the
 //! registers over in `kvm_run` (KVM_CAP_SYNC_REGS) in place of three ioctls. It is no example to follow: it checks
 //! nothing that a machine monitor must check.
@@ -231,6 +231,39 @@ fn run(vcpu: c_int, run: *mut Run, output: &mut Output) -> c_int {
     }
 }
 
+/// What the vCPU's thread is lent, and what it gives back.
+struct Lent {
+    vcpu: c_int,
+    state: *mut Run,
+    output: *mut Output,
+    status: c_int,
+}
+
+extern "C" fn on_thread(lent: *mut c_void) -> *mut c_void {
+    // SAFETY: `threaded` waits for this thread before it touches what it lent.
+    let lent = unsafe { &mut *lent.cast::<Lent>() };
+    // SAFETY: the name is a C string of less than 16 bytes.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"vcpu0".as_ptr()) };
+    // SAFETY: as above.
+    lent.status = run(lent.vcpu, lent.state, unsafe { &mut *lent.output });
+    std::ptr::null_mut()
+}
+
+/// The loop on a thread of its own: the least that "one named thread for each vCPU" costs.
+fn threaded(vcpu: c_int, state: *mut Run, output: &mut Output) -> c_int {
+    let mut lent = Lent { vcpu, state, output, status: 0 };
+    let mut thread = MaybeUninit::uninit();
+    let argument = (&raw mut lent).cast();
+    // SAFETY: `lent` lives until the thread has been joined.
+    let made = unsafe { libc::pthread_create(thread.as_mut_ptr(), std::ptr::null(), on_thread, argument) };
+    must(-made, c"pthread_create");
+    // SAFETY: pthread_create has filled it.
+    let thread = unsafe { thread.assume_init() };
+    // SAFETY: the thread has not been joined before.
+    unsafe { libc::pthread_join(thread, std::ptr::null_mut()) };
+    lent.status
+}
+
 fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is there to be written.
@@ -250,7 +283,7 @@ pub unsafe extern "C" fn main(count: c_int, words: *const *const c_char) -> c_in
     let word = |i: usize| words.get(i).map(|word| unsafe { CStr::from_ptr(*word) }.to_bytes());
     let (none, serial) = (guest::outs(guest::NO_DEVICE, guest::EXITS), guest::outs(guest::SERIAL, guest::EXITS));
     let (code, limit): (&[u8], _) = match word(1) {
-        Some(b"add") => (&guest::ADD, 0x1_0000),
+        Some(b"add" | b"thread") => (&guest::ADD, 0x1_0000),
         Some(b"none") => (&none, 0x1_0000),
         Some(b"serial") => (&serial, 0x1_0000),
         Some(b"spin") => (&guest::SPIN, 1),
@@ -259,6 +292,7 @@ pub unsafe extern "C" fn main(count: c_int, words: *const *const c_char) -> c_in
     let mut output = Output { bytes: MaybeUninit::uninit(), len: 0, limit };
     let (vcpu, state) = build(code);
     let start = now();
+    let run = if word(1) == Some(b"thread") { threaded } else { run };
     let status = run(vcpu, state, &mut output);
     let elapsed = now() - start;
     output.flush();
