@@ -99,11 +99,6 @@ impl Input {
         self.ended.store(true, Ordering::Release);
     }
 
-    /// The sender has ended.
-    pub fn is_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
-    }
-
     /// Another sender is there.
     pub fn begin(&self) {
         self.ended.store(false, Ordering::Release);

@@ -40,9 +40,15 @@ pub struct Paused {
 
 /// Each CPU is with its thread.
 pub struct Running {
-    workers: Vec<Worker<Vcpu>>,
-    flags: Vec<Arc<Flag>>,
+    cpus: Vec<Lent>,
     ended: Arc<OnceLock<(u32, Stop)>>,
+}
+
+/// A CPU that is with its thread, and the ways to reach it.
+struct Lent {
+    id: u32,
+    flag: Arc<Flag>,
+    worker: Worker<Vcpu>,
 }
 
 /// A virtual machine.
@@ -222,23 +228,23 @@ impl Machine<Paused> {
         life.signals()?;
         sys::handle_kicks().context("the signal that kicks a CPU")?;
         let ended = Arc::new(OnceLock::new());
-        let flags: Vec<_> = state.vcpus.iter().map(|_| Flag::new(life.exits_left.clone())).collect();
         let print = streams.trace().map(Print::new);
-        let mut running = Running { workers: Vec::new(), flags, ended };
+        let mut running = Running { cpus: Vec::new(), ended };
         // CPU 0 last: it runs at once, the others wait for it.
-        for (vcpu, flag) in state.vcpus.into_iter().zip(running.flags.clone()).rev() {
+        for vcpu in state.vcpus.into_iter().rev() {
+            let (id, flag) = (vcpu.id(), Flag::new(life.exits_left.clone()));
             let cpu = Cpu {
-                print: print.as_ref().map(|p| p.for_cpu(vcpu.id())),
+                print: print.as_ref().map(|p| p.for_cpu(id)),
                 vcpu,
-                flag,
+                flag: flag.clone(),
                 buses: board.buses.clone(),
                 ended: running.ended.clone(),
                 bell: streams.bell(),
             };
-            match Worker::start(format!("vcpu{}", cpu.vcpu.id()), move || cpu.run()) {
-                Ok(worker) => running.workers.insert(0, worker),
+            match Worker::start(format!("vcpu{id}"), move || cpu.run()) {
+                Ok(worker) => running.cpus.insert(0, Lent { id, flag, worker }),
                 Err(e) => {
-                    running.abandon()?;
+                    running.stop()?;
                     return Err(e);
                 }
             }
@@ -275,22 +281,16 @@ impl Machine<Paused> {
 }
 
 impl Running {
-    /// Stops the CPUs that have been started, the last ones.
-    fn abandon(mut self) -> Result<()> {
-        self.flags.drain(..self.flags.len().saturating_sub(self.workers.len()));
-        self.stop().map(drop)
-    }
-
-    /// Stops every CPU and takes it back, in their order.
+    /// Stops every CPU that was started and takes it back, in their order.
     fn stop(self) -> Result<Vec<Vcpu>> {
         let ended = self.ended.get().map(|(cpu, _)| *cpu);
-        for ((flag, worker), cpu) in self.flags.iter().zip(&self.workers).zip(0..) {
-            flag.stop();
-            if ended != Some(cpu) {
-                worker.kick();
+        for cpu in &self.cpus {
+            cpu.flag.stop();
+            if ended != Some(cpu.id) {
+                cpu.worker.kick();
             }
         }
-        self.workers.into_iter().map(Worker::join).collect()
+        self.cpus.into_iter().map(|cpu| cpu.worker.join()).collect()
     }
 }
 

@@ -261,11 +261,10 @@ impl Streams {
             self.keys = Some(Keys::default());
         }
         let fd = reopen(stdin, OFlags::RDONLY).or_else(|_| rustix::io::dup(stdin)).context("stdin")?;
+        let watched = readiness.watch(&fd, INPUT, Edge::Level)?;
         // A file's position is the original description's to keep.
-        let fd =
-            if readiness.watch(&fd, INPUT, Edge::Level)? { fd } else { rustix::io::dup(stdin).context("stdin")? };
-        let always = !readiness.watch(&fd, INPUT, Edge::Level).unwrap_or(true);
-        self.source = Source::Open { fd, watched: !always, always };
+        let fd = if watched { fd } else { rustix::io::dup(stdin).context("stdin")? };
+        self.source = Source::Open { fd, watched, always: !watched };
         Ok(())
     }
 

@@ -3,16 +3,15 @@
 //! Invariant: the loop never blocks but in its one wait, so a signal is answered at once whatever the guest, the
 //! terminal or a pipe does.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::streams::{Ended, Streams};
-use super::{End, Life, Machine, Paused, Running};
-use crate::event::{Edge, Readiness, Worker};
+use super::{End, Lent, Life, Machine, Paused, Running};
+use crate::event::{Edge, Readiness};
 use crate::host::sys;
-use crate::vcpu::{Flag, Idle, Vcpu};
+use crate::vcpu::Idle;
 
 const SIGNALS: u64 = 10;
 const BELL: u64 = 11;
@@ -120,8 +119,7 @@ struct Watch<'a> {
 }
 
 struct Watched<'a> {
-    worker: &'a Worker<Vcpu>,
-    flag: &'a Arc<Flag>,
+    lent: &'a Lent,
     used: Option<Duration>,
     state: Seen,
 }
@@ -135,8 +133,7 @@ enum Seen {
 
 impl<'a> Watch<'a> {
     fn new(machine: &'a Machine<Running>) -> Self {
-        let pairs = machine.state.workers.iter().zip(&machine.state.flags);
-        let cpus = pairs.map(|(worker, flag)| Watched { worker, flag, used: None, state: Seen::Busy }).collect();
+        let cpus = machine.state.cpus.iter().map(|lent| Watched { lent, used: None, state: Seen::Busy }).collect();
         let now = Instant::now();
         let next = machine.halts_in_kvm().then(|| now + FIRST_LOOK);
         Self { cpus, next, pause: FIRST_LOOK, last: now, confirming: false }
@@ -173,18 +170,18 @@ impl<'a> Watch<'a> {
 
 impl Watched<'_> {
     fn ask(&mut self) {
-        self.flag.look();
-        self.worker.kick();
+        self.lent.flag.look();
+        self.lent.worker.kick();
         self.state = Seen::Asked;
     }
 
     fn look(&mut self, since: Duration) {
-        let used = self.flag.thread().and_then(sys::thread_cpu_time);
+        let used = self.lent.flag.thread().and_then(sys::thread_cpu_time);
         let spent = match (used, std::mem::replace(&mut self.used, used)) {
             (Some(now), Some(before)) => now.saturating_sub(before),
             _ => Duration::MAX,
         };
-        match (self.state, self.flag.seen()) {
+        match (self.state, self.lent.flag.seen()) {
             (Seen::Asked, Idle::Unknown) => {}
             (Seen::Asked, seen) => self.state = Seen::Is(seen),
             (Seen::Is(_), _) if spent.is_zero() => {}
