@@ -17,7 +17,9 @@ mod conformance;
 pub mod debug_console;
 pub mod debug_exit;
 pub mod i8042;
+pub mod pl011;
 pub mod power_off;
+mod primecell;
 pub mod serial;
 
 /// Wraps a device's state. The state types are plain numbers and lists, which JSON always holds.
