@@ -16,6 +16,7 @@ use super::debug_console::DebugConsole;
 use super::debug_exit::DebugExit;
 use super::i8042::I8042;
 use super::pl011::Pl011;
+use super::pl031::Pl031;
 use super::power_off::PowerOff;
 use super::serial::Serial;
 use crate::bus::{Builder, Device, Effect, Saved, Space};
@@ -75,8 +76,9 @@ conform!(i8042, 5, |_: &Wires| I8042::default());
 conform!(debug_exit, 4, |_: &Wires| DebugExit);
 conform!(debug_console, 1, |w: &Wires| DebugConsole::new(w.console()));
 conform!(power_off, 2, |_: &Wires| PowerOff::default());
-// Of its 4 KiB those that hold registers, so that most accesses meet one.
+// Of their 4 KiB those that hold registers, so that most accesses meet one.
 conform!(pl011, 0x4c, |w: &Wires| Pl011::new(w.console(), w.line()));
+conform!(pl031, 0x20, |w: &Wires| Pl031::new(w.clock()));
 
 /// The far ends of all wires that a device may be given.
 #[derive(Default)]

@@ -18,6 +18,7 @@ pub mod debug_console;
 pub mod debug_exit;
 pub mod i8042;
 pub mod pl011;
+pub mod pl031;
 pub mod power_off;
 mod primecell;
 pub mod serial;
