@@ -18,13 +18,13 @@ fn main() -> anyhow::Result<()> {
     let memory = Memory::new(&[Span { start: 0x1000, size: 0x1000 }], false)?;
     memory.write(0x1000, &GUEST)?;
 
-    let vm = Vm::new()?;
+    let vm = Vm::new(0)?;
     vm.map(&memory)?;
     let mut vcpu = vm.vcpu(0)?;
 
     let mut boot = BootRegs::real();
     (boot.regs.rip, boot.regs.rax, boot.regs.rbx) = (0x1000, 2, 2);
-    vcpu.enter(&boot, false)?;
+    vcpu.enter(&boot)?;
 
     loop {
         match vcpu.run() {

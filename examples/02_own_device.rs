@@ -59,12 +59,12 @@ const GUEST: [u8; 9] = [0xb0, 21, 0xe6, 0x20, 0xe4, 0x20, 0xe6, 0xf4, 0xf4];
 fn main() -> anyhow::Result<()> {
     let memory = Memory::new(&[Span { start: 0x1000, size: 0x1000 }], false)?;
     memory.write(0x1000, &GUEST)?;
-    let vm = Vm::new()?;
+    let vm = Vm::new(0)?;
     vm.map(&memory)?;
     let mut vcpu = vm.vcpu(0)?;
     let mut boot = BootRegs::real();
     boot.regs.rip = 0x1000;
-    vcpu.enter(&boot, false)?;
+    vcpu.enter(&boot)?;
 
     let mut devices = Builder::default();
     devices.place(Space::Pio, Span { start: 0x20, size: 1 }, Doubler::default())?;

@@ -27,8 +27,8 @@ pub enum Command {
     Inspect(PathBuf),
     /// Say what the host offers.
     Check,
-    /// Print the address map of a machine.
-    Layout(Config),
+    /// Print the address map of a machine, or write its device tree to a file.
+    Layout(Config, Option<PathBuf>),
     /// Print a text to stdout: help, version, completions, the manual page.
     Print(Vec<u8>),
 }
@@ -79,8 +79,14 @@ enum Verb {
     /// Say what this host's KVM offers, and what to do about each gap
     Check,
     /// Print the guest-physical address map of a machine
-    #[command(after_help = "Example: bantam layout --memory 5G --cpu-mode long")]
-    Layout,
+    #[command(
+        after_help = "Examples: bantam layout --memory 5G\n          bantam layout --fdt machine.dtb (arm64; read it with dtc -I dtb -O dts)"
+    )]
+    Layout {
+        /// Write the machine's device tree to FILE instead (arm64)
+        #[arg(long, value_name = "FILE")]
+        fdt: Option<PathBuf>,
+    },
     /// Print a shell's completion script
     #[command(after_help = "Example: bantam completions bash > /etc/bash_completion.d/bantam")]
     Completions {
@@ -148,7 +154,10 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
             None => Ok(Command::ListExamples),
             Some(name) => example(name, words, &mut command),
         },
-        "layout" => Ok(Command::Layout(config(Config::default(), words)?)),
+        "layout" => {
+            let tree = words.get_one::<PathBuf>("fdt").cloned();
+            Ok(Command::Layout(config(Config::default(), words)?, tree))
+        }
         _ => match Words::from_arg_matches(&matches)?.verb {
             Verb::Inspect { file } => Ok(Command::Inspect(file)),
             Verb::Completions { shell } => {
@@ -253,7 +262,7 @@ mod tests {
 
     fn run(text: &str) -> Config {
         match words(text).unwrap() {
-            Command::Run(_, config) | Command::Example(_, config) | Command::Layout(config) => config,
+            Command::Run(_, config) | Command::Example(_, config) | Command::Layout(config, _) => config,
             other => panic!("{other:?}"),
         }
     }

@@ -30,17 +30,20 @@ pub struct Config {
     /// default for everything else) or `split` (not yet)
     #[arg(long, value_name = "WHERE", help_heading = "Machine")]
     pub irqchip: Option<IrqChip>,
-    /// Guest-physical address of the first byte of RAM [default: where the architecture has it]
+    /// The interrupt controller's version on arm64: 2 or 3 [default: 3 where the host has it, else 2]
+    #[arg(long, value_name = "VERSION", help_heading = "Machine")]
+    pub gic: Option<Gic>,
+    /// Guest-physical address of the first byte of RAM [default: 0 on x86-64, 0x40000000 on arm64]
     #[arg(long, value_name = "ADDR", help_heading = "Machine")]
     pub ram_base: Option<Addr>,
 
-    /// Where a flat guest is loaded [default: 0x1000 on x86-64]
+    /// Where a flat guest is loaded [default: 0x1000 on x86-64, the start of RAM on arm64]
     #[arg(long, value_name = "ADDR", help_heading = "Guest")]
     pub load_at: Option<Addr>,
     /// Where a flat guest is entered: an address, or SEG:OFF in real mode [default: where it is loaded]
     #[arg(long, value_name = "ADDR", help_heading = "Guest")]
     pub entry: Option<Entry>,
-    /// The CPU mode a flat guest is entered in [default: real]
+    /// The CPU mode a flat guest is entered in [default: real on x86-64; arm64 has el1 only]
     #[arg(long, value_name = "MODE", help_heading = "Guest")]
     pub cpu_mode: Option<CpuMode>,
     /// Set a register before entry, as in rax=2 (repeatable); registers that nothing sets are 0
@@ -50,6 +53,9 @@ pub struct Config {
     /// guest in which neither that instruction nor one that depends on it occurs, since KVM takes long to ask]
     #[arg(long, value_name = "WHAT", help_heading = "Guest")]
     pub cpuid: Option<Cpuid>,
+    /// Where the device tree of an arm64 machine lies; it must fit there [default: as high in RAM as it fits, or nowhere]
+    #[arg(long, value_name = "ADDR", help_heading = "Guest")]
+    pub fdt_at: Option<Addr>,
     /// A file handed to the guest: a multiboot module, repeatable (Linux's initial RAM disk is not yet)
     #[arg(long, value_name = "FILE", help_heading = "Guest", required = false)]
     pub initrd: Vec<PathBuf>,
@@ -90,12 +96,14 @@ impl Default for Config {
             name: None,
             hugepages: false,
             irqchip: None,
+            gic: None,
             ram_base: None,
             load_at: None,
             entry: None,
             cpu_mode: None,
             reg: Vec::new(),
             cpuid: None,
+            fdt_at: None,
             initrd: Vec::new(),
             cmdline: None,
             serial: Serial::Stdio,
@@ -131,6 +139,19 @@ pub enum Cpuid {
     None,
 }
 
+/// The version of Arm's Generic Interrupt Controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+pub enum Gic {
+    /// GICv2: at most 8 CPUs.
+    #[serde(rename = "2")]
+    #[value(name = "2")]
+    V2,
+    /// GICv3.
+    #[serde(rename = "3")]
+    #[value(name = "3")]
+    V3,
+}
+
 /// The processor mode a flat guest starts in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -141,6 +162,8 @@ pub enum CpuMode {
     Protected,
     /// 64-bit mode, identity-mapped.
     Long,
+    /// Exception level 1 of an arm64 CPU, MMU off.
+    El1,
 }
 
 impl fmt::Display for CpuMode {
@@ -149,6 +172,7 @@ impl fmt::Display for CpuMode {
             Self::Real => "real",
             Self::Protected => "protected",
             Self::Long => "long",
+            Self::El1 => "el1",
         })
     }
 }

@@ -1,13 +1,15 @@
 //! The command: words → configuration → machine → exit status.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use bantam::cli::{self, Command};
-use bantam::error::{status, verdict};
+use bantam::config::Config;
+use bantam::error::{refuse, status, usage, verdict};
 use bantam::host::say::{print, say};
 use bantam::load::{self, Image};
-use bantam::{arch, check, host, machine};
+use bantam::{arch, board, check, host, machine};
 
 fn main() -> ExitCode {
     host::guard();
@@ -29,7 +31,8 @@ fn carry_out() -> Result<u8> {
         Command::Example(guest, config) => run(Image::builtin(guest.name, (guest.image)()), &config),
         Command::ListExamples => print(cli::list_examples().as_bytes()),
         Command::Inspect(path) => print(format!("{}", load::identify(Image::open(&path)?)?).as_bytes()),
-        Command::Layout(config) => print(arch::layout(&config)?.to_string().as_bytes()),
+        Command::Layout(config, None) => print(arch::layout(&config)?.to_string().as_bytes()),
+        Command::Layout(config, Some(tree)) => write_tree(&config, &tree),
         Command::Print(text) => print(&text),
         Command::Check => {
             let (text, able) = check::check()?;
@@ -39,7 +42,16 @@ fn carry_out() -> Result<u8> {
     }
 }
 
-fn run(image: Image, config: &bantam::config::Config) -> Result<u8> {
+/// Writes the device tree of the machine that `config` describes.
+fn write_tree(config: &Config, path: &Path) -> Result<u8> {
+    let Some(tree) = board::device_tree(config, &arch::layout(config)?)? else {
+        return Err(usage(format!("--fdt: an {} machine has no device tree", arch::NAME)).into());
+    };
+    std::fs::write(path, tree).map_err(|e| refuse(format!("cannot write {}: {e}", path.display())))?;
+    Ok(0)
+}
+
+fn run(image: Image, config: &Config) -> Result<u8> {
     let guest = load::identify(image)?;
     let config = load::settle(config, &guest)?;
     let ended = machine::run(&config, &guest)?;

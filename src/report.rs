@@ -50,7 +50,7 @@ fn hex(bytes: &[u8]) -> String {
 /// The bytes at a linear address, page by page, as far as they are mapped RAM.
 fn bytes_at(vcpu: &Vcpu, memory: &Memory, linear: u64) -> String {
     let read = |i: usize| {
-        let physical = arch::translate(vcpu.fd(), linear.checked_add(i as u64)?)?;
+        let physical = arch::translate(vcpu.fd(), memory, linear.checked_add(i as u64)?)?;
         let mut byte = [0];
         memory.read(physical, &mut byte).ok().map(|()| byte[0])
     };

@@ -6,13 +6,16 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Refusal, refuse};
@@ -62,9 +65,7 @@ fn open() -> Result<Kvm> {
 fn cannot_open(error: &io::Error) -> Refusal {
     let refusal = refuse(format!("cannot open {DEV_KVM}: {error}"));
     match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            refusal.hint(format!("load its module: modprobe {}", crate::arch::KVM_MODULE))
-        }
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => refusal.hint(crate::arch::NO_KVM),
         Some(libc::EACCES | libc::EPERM) => {
             refusal.hint(permission_hint().unwrap_or_else(|| "run as a user who may".into()))
         }
@@ -87,34 +88,21 @@ fn permission_hint() -> Option<String> {
     })
 }
 
-/// The CPUID that KVM supports, asked once a process: each leaf is a trap on a virtual host.
-///
-/// # Errors
-/// KVM refuses.
-pub fn supported_cpuid() -> Result<&'static CpuId> {
-    static CPUID: OnceLock<CpuId> = OnceLock::new();
-    if let Some(cpuid) = CPUID.get() {
-        return Ok(cpuid);
-    }
-    let cpuid = kvm()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
-    Ok(CPUID.get_or_init(|| cpuid))
-}
-
 /// One virtual machine.
 pub struct Vm {
     fd: Arc<VmFd>,
 }
 
 impl Vm {
-    /// Creates a machine without memory, CPUs or devices.
+    /// Creates a machine without memory, CPUs or devices; `kind` is KVM_CREATE_VM's argument.
     ///
     /// # Errors
     /// KVM refuses; an interrupted call is tried again a few times.
-    pub fn new() -> Result<Self> {
+    pub fn new(kind: u64) -> Result<Self> {
         let kvm = kvm()?;
         let mut tries = 0;
         loop {
-            match kvm.create_vm() {
+            match kvm.create_vm_with_type(kind) {
                 Ok(fd) => return Ok(Self { fd: Arc::new(fd) }),
                 Err(e) if e.errno() == libc::EINTR && tries < TRIES => {
                     tries += 1;
@@ -159,6 +147,20 @@ impl Vm {
         Ok(Box::new(KernelLine { vm: self.fd.clone(), event, gsi }))
     }
 
+    /// An input of the in-kernel controllers that is only ever held at levels, by KVM_IRQ_LINE's number for it.
+    pub fn level(&self, number: u32) -> Box<dyn IrqLine> {
+        Box::new(LevelLine { vm: self.fd.clone(), number })
+    }
+
+    /// Whether KVM_CREATE_DEVICE can make a device of this type here (KVM_DEV_TYPE_*); none is made.
+    pub fn can_make(&self, kind: u32) -> bool {
+        /// `_IOWR(KVMIO, 0xe0, struct kvm_create_device)`.
+        const KVM_CREATE_DEVICE: u64 = 0xc00c_aee0;
+        let mut device = kvm_create_device { type_: kind, fd: 0, flags: KVM_CREATE_DEVICE_TEST };
+        // SAFETY: the structure is the one this call takes, and it lives as long as the call.
+        unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_CREATE_DEVICE, &raw mut device) == 0 }
+    }
+
     /// A new vCPU.
     ///
     /// # Errors
@@ -171,6 +173,20 @@ impl Vm {
             .with_context(|| format!("KVM_CREATE_VCPU {id}"))?;
         Ok(Vcpu::new(fd, id, self.fd.run_size()))
     }
+}
+
+/// One 32-bit attribute of an in-kernel device.
+///
+/// # Errors
+/// The device has no such attribute, or not while CPUs run.
+pub fn device_word(device: &DeviceFd, group: u32, attr: u64) -> Result<u32> {
+    let mut word = 0u32;
+    let mut attribute = kvm_device_attr { flags: 0, group, attr, addr: (&raw mut word).expose_provenance() as u64 };
+    // SAFETY: `addr` is that of `word`, which the attributes of this kind fill and which lives as long as the call.
+    unsafe { device.get_device_attr(&mut attribute) }
+        .map_err(io::Error::from)
+        .with_context(|| format!("KVM_GET_DEVICE_ATTR {group} {attr:#x}"))?;
+    Ok(word)
 }
 
 /// Edges go through an irqfd, one write each; a plain irqfd cannot hold a level, so levels go through KVM_IRQ_LINE.
@@ -191,6 +207,23 @@ impl IrqLine for KernelLine {
     }
 }
 
+/// Needs no descriptor, and no controller yet when it is made.
+struct LevelLine {
+    vm: Arc<VmFd>,
+    number: u32,
+}
+
+impl IrqLine for LevelLine {
+    fn pulse(&self) {
+        self.set(true);
+        self.set(false);
+    }
+
+    fn set(&self, high: bool) {
+        let _ = self.vm.set_irq_line(self.number, high);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,7 +231,7 @@ mod tests {
     #[test]
     fn each_reason_names_its_remedy() {
         let hint = |errno| cannot_open(&io::Error::from_raw_os_error(errno)).hint.unwrap_or_default();
-        assert!(hint(libc::ENOENT).contains("modprobe kvm"));
+        assert_eq!(hint(libc::ENOENT), crate::arch::NO_KVM);
         assert_eq!(cannot_open(&io::Error::from_raw_os_error(libc::EMFILE)).hint, None);
         assert_eq!(cannot_open(&io::Error::from_raw_os_error(libc::EACCES)).status, 125);
     }

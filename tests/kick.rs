@@ -22,12 +22,12 @@ fn ten_thousand_stops_lose_no_kick() {
     }
     let memory = Memory::new(&[Span { start: 0x1000, size: 0x1000 }], false).unwrap();
     memory.write(0x1000, &[0xeb, 0xfe]).unwrap();
-    let vm = Vm::new().unwrap();
+    let vm = Vm::new(0).unwrap();
     vm.map(&memory).unwrap();
     let mut vcpu = vm.vcpu(0).unwrap();
     let mut boot = BootRegs::real();
     boot.regs.rip = 0x1000;
-    vcpu.enter(&boot, false).unwrap();
+    vcpu.enter(&boot).unwrap();
     sys::handle_kicks().unwrap();
     let (go, wait) = channel::<std::sync::Arc<Flag>>();
     let (done, stopped) = channel();

@@ -1,12 +1,23 @@
 //! What is true of the CPU: registers, entry states, the address map. No devices.
 //!
-//! Each architecture is a module that exports the same names:
-//! `NAME`, `ELF_MACHINES`, `BootRegs`, `Layout`, `layout`, `vcpu_cpuid` …; the rest of Bantam writes `arch::Layout`.
+//! Each architecture is a module that exports the same names; the rest of Bantam writes `arch::NAME`:
+//!
+//! * facts: `NAME`, `NO_KVM`, `SHUTDOWN`, `MAX_CPUS`, `HALT_EXITS`, `SMP_NEEDS_IRQCHIP`, `FEATURES`, `host_facts`
+//! * words: `FLAT_MODE`, `ELF64_MODE`, `FLAT_IRQCHIP`, `ASKS_CPUID`, `flat_load`, `elf_mode`, `linear_entry`, `set_register`
+//! * the map: `layout`, `vm_type`
+//! * CPUs: `BootRegs`, `enter`, `CpuState`, `halted_for_good`, `translate`
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::*;
+mod map;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 #[cfg(target_arch = "x86_64")]
 pub use x86_64::*;
+
+pub use self::map::{Layout, Region};
 
 /// A capability of KVM, what Bantam does with it, and what to do where it is missing.
 pub struct Feature {

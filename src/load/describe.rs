@@ -7,6 +7,7 @@ use std::fmt;
 use super::program::{Program, Segment};
 use super::{Format, Guest, multiboot2};
 use crate::arch;
+use crate::config::Config;
 
 impl fmt::Display for Guest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -16,7 +17,11 @@ impl fmt::Display for Guest {
         writeln!(f, "format: {format}")?;
         let Some(program) = self.format.program() else {
             writeln!(f, "architecture: not said by the file; taken for {}", arch::NAME)?;
-            writeln!(f, "entry: where it is loaded ({:#x} unless --load-at), unless --entry", arch::FLAT_LOAD)?;
+            writeln!(
+                f,
+                "entry: where it is loaded ({:#x} unless --load-at), unless --entry",
+                arch::flat_load(&Config::default())
+            )?;
             writeln!(f, "mode: {} unless --cpu-mode", arch::FLAT_MODE)?;
             return writeln!(f, "needs: {} bytes of RAM where it is loaded", self.image.len());
         };

@@ -5,7 +5,7 @@
 use anyhow::Result;
 
 use super::image::Image;
-use super::place::list;
+use super::place::{Places, list};
 use crate::arch::{self, BootRegs, Layout};
 use crate::config::{Addr, Config, Entry};
 use crate::error::refuse;
@@ -17,15 +17,19 @@ use crate::memory::{Memory, Span};
 /// An entry that the mode does not have: status 2.
 pub fn settle(config: &mut Config) -> Result<()> {
     config.cpu_mode.get_or_insert(arch::FLAT_MODE);
-    config.load_at.get_or_insert(Addr(arch::FLAT_LOAD));
+    config.load_at = Some(Addr(load_at(config)));
     let (mode, _, entry) = choice(config);
     arch::linear_entry(mode, entry)?;
     Ok(())
 }
 
+fn load_at(config: &Config) -> u64 {
+    config.load_at.map_or_else(|| arch::flat_load(config), |at| at.0)
+}
+
 /// Mode, load address and entry of a settled configuration.
 fn choice(config: &Config) -> (crate::config::CpuMode, u64, Entry) {
-    let load_at = config.load_at.map_or(arch::FLAT_LOAD, |a| a.0);
+    let load_at = load_at(config);
     (config.cpu_mode.unwrap_or(arch::FLAT_MODE), load_at, config.entry.unwrap_or(Entry::Linear(load_at)))
 }
 
@@ -33,7 +37,7 @@ fn choice(config: &Config) -> (crate::config::CpuMode, u64, Entry) {
 ///
 /// # Errors
 /// It, or its entry, is not in RAM, or the file cannot be read.
-pub fn load(config: &Config, image: &Image, memory: &Memory, layout: &Layout) -> Result<BootRegs> {
+pub fn load(config: &Config, image: &Image, memory: &Memory, layout: &Layout, places: &mut Places) -> Result<BootRegs> {
     let (mode, load_at, entry) = choice(config);
     let in_ram = |span: &Span| layout.ram.iter().any(|ram| ram.contains(span));
     let ram = list(&layout.ram);
@@ -48,6 +52,7 @@ pub fn load(config: &Config, image: &Image, memory: &Memory, layout: &Layout) ->
     if !in_ram(&Span { start: linear, size: 1 }) {
         return Err(refuse(format!("the entry, {entry}, is not in RAM, {ram}")).into());
     }
+    places.claim(span, "the guest")?;
     image.copy_to(memory, span, 0)?;
     arch::enter(mode, entry, memory, layout)
 }
@@ -57,16 +62,16 @@ pub fn load(config: &Config, image: &Image, memory: &Memory, layout: &Layout) ->
 ///
 /// All that such a guest can execute is its file, zeroes, and what it writes itself. A file of a boot sector's size has
 /// no room for a program packed away in it; one that makes up a CPUID instruction as it runs reads zeroes, and wants
-/// `--cpuid host`. (Real mode only: KVM takes the width of a physical address, for page tables, from CPUID too.)
+/// `--cpuid host`. `mark` is in each instruction that CPUID has a say in. (Real mode only: KVM takes the width of a physical address, for page tables, from CPUID too.)
 ///
 /// # Errors
 /// The file cannot be read.
-pub fn may_ask_cpuid(image: &Image) -> Result<bool> {
+pub fn may_ask_cpuid(image: &Image, mark: u8) -> Result<bool> {
     const TINY: usize = 512;
     if image.len() > TINY as u64 {
         return Ok(true);
     }
-    Ok(image.head(TINY)?.contains(&arch::ASKS_CPUID))
+    Ok(image.head(TINY)?.contains(&mark))
 }
 
 #[cfg(test)]
@@ -165,7 +170,7 @@ mod tests {
 
     #[test]
     fn only_a_tiny_guest_without_the_instructions_is_not_told_its_cpu() {
-        let asks = |bytes: &[u8]| may_ask_cpuid(&Image::from_bytes("x", bytes.to_vec())).unwrap();
+        let asks = |bytes: &[u8]| may_ask_cpuid(&Image::from_bytes("x", bytes.to_vec()), 0x0f).unwrap();
         assert!(!asks(&[0xf4]) && !asks(&[0; 512]));
         assert!(asks(&[0; 513]));
         // cpuid; wrmsr; fxsave [0x2000].

@@ -15,7 +15,7 @@ pub fn fuzz_one(bytes: &[u8]) -> bool {
     let _ = guest.to_string();
     let config = Config { memory: Size(2 << 20), ..Config::default() };
     start(&config, &guest).is_ok_and(|(boot, memory)| {
-        let entry = Span { start: boot.sregs.cs.base + boot.regs.rip, size: 1 };
+        let entry = Span { start: boot.entry(), size: 1 };
         assert!(memory.contains(entry), "entry {entry}");
         true
     })

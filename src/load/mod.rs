@@ -11,7 +11,7 @@ mod flat;
 mod fuzz;
 mod image;
 mod linux;
-// Multiboot is of the PC: the three modules, the two formats and their arms below are what another architecture leaves out.
+// Multiboot is of the PC; other architectures recognise it, to say so.
 mod multiboot;
 mod multiboot1;
 mod multiboot2;
@@ -36,9 +36,10 @@ pub use program::{Program, Segment};
 pub use symbols::SectionTable;
 
 use crate::arch::{self, BootRegs, Layout};
+use crate::board;
 use crate::config::{Config, CpuMode, Cpuid, IrqChip};
 use crate::error::{Refusal, refuse, usage};
-use crate::memory::Memory;
+use crate::memory::{Memory, Span};
 use place::Places;
 
 /// A guest and what it was found to be.
@@ -100,7 +101,7 @@ impl Format {
     pub fn cpu_mode(&self) -> CpuMode {
         match self {
             Self::Flat => arch::FLAT_MODE,
-            Self::Elf64(_) => CpuMode::Long,
+            Self::Elf64(_) => arch::ELF64_MODE,
             Self::Elf32(_) | Self::Multiboot1 { .. } | Self::Multiboot2 { .. } => CpuMode::Protected,
         }
     }
@@ -126,15 +127,8 @@ fn format(image: &Image) -> Result<Format> {
     let head = image.head(multiboot2::SEARCH)?;
     linux::refuse_image(&head)?;
     let elf = if elf::is_elf(&head) { Some(elf::read(image, &head)?) } else { None };
-    if let Some(header) = multiboot2::find(&head)? {
-        let program = header.program(image, elf.map(|e| e.program))?;
-        multiboot::check(&program)?;
-        return Ok(Format::Multiboot2 { header, program });
-    }
-    if let Some(header) = multiboot1::find(&head)? {
-        let program = header.program(image, elf.map(|e| e.program))?;
-        multiboot::check(&program)?;
-        return Ok(Format::Multiboot1 { header, program });
+    if let Some(format) = multiboot(image, &head, elf.as_ref())? {
+        return Ok(format);
     }
     let Some(elf) = elf else { return Ok(Format::Flat) };
     match elf.system {
@@ -144,6 +138,25 @@ fn format(image: &Image) -> Result<Format> {
     }
     elf.program.check_entry()?;
     Ok(if elf.wide { Format::Elf64(elf.program) } else { Format::Elf32(elf.program) })
+}
+
+fn multiboot(image: &Image, head: &[u8], elf: Option<&elf::Elf>) -> Result<Option<Format>> {
+    // An ELF that another architecture can run is no PC's kernel, whatever bytes are in it.
+    if elf.is_some() && !multiboot::runs_here() {
+        return Ok(None);
+    }
+    let program = || elf.map(|e| e.program.clone());
+    if let Some(header) = multiboot2::find(head)? {
+        let program = header.program(image, program())?;
+        multiboot::check(&program)?;
+        return Ok(Some(Format::Multiboot2 { header, program }));
+    }
+    if let Some(header) = multiboot1::find(head)? {
+        let program = header.program(image, program())?;
+        multiboot::check(&program)?;
+        return Ok(Some(Format::Multiboot1 { header, program }));
+    }
+    Ok(None)
 }
 
 /// Refuses the options that mean nothing for this guest.
@@ -156,6 +169,7 @@ fn refuse_words(config: &Config, format: &Format) -> Result<(), Refusal> {
         ("--cmdline", config.cmdline.is_some(), multiboot),
         ("--initrd", !config.initrd.is_empty(), multiboot),
         ("--ram-base", config.ram_base.is_some(), !multiboot),
+        ("--fdt-at", config.fdt_at.is_some(), !multiboot),
     ];
     match options.iter().find(|(_, given, sensible)| *given && !sensible) {
         Some((option, ..)) => Err(usage(format!("{option} means nothing for {}", format.name()))),
@@ -191,20 +205,20 @@ pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
         (Some(IrqChip::Split), _) => {
             return Err(refuse("--irqchip split: not yet").hint("--irqchip kernel works").into());
         }
-        (Some(IrqChip::None), 2..) => {
+        (Some(IrqChip::None), 2..) if arch::SMP_NEEDS_IRQCHIP => {
             let what = format!("--irqchip none with --cpus {}: CPUs are started through local APICs", config.cpus);
             return Err(usage(what).hint("leave --irqchip out, or give it kernel").into());
         }
         (Some(chip), _) => chip,
-        (None, 1) if flat => IrqChip::None,
+        (None, 1) if flat => arch::FLAT_IRQCHIP,
         (None, _) => IrqChip::Kernel,
     });
-    if settled.cpuid.is_none() {
+    if let (None, Some(mark)) = (settled.cpuid, arch::ASKS_CPUID) {
         let simple = flat && settled.irqchip == Some(IrqChip::None) && settled.cpu_mode == Some(CpuMode::Real);
-        let asks = !simple || flat::may_ask_cpuid(&guest.image)?;
+        let asks = !simple || flat::may_ask_cpuid(&guest.image, mark)?;
         settled.cpuid = Some(if asks { Cpuid::Host } else { Cpuid::None });
     }
-    let mut boot = BootRegs::real();
+    let mut boot = BootRegs::default();
     apply(&settled, guest, &mut boot)?;
     Ok(settled)
 }
@@ -229,16 +243,38 @@ pub fn load(config: &Config, guest: &Guest, memory: &Memory, layout: &Layout) ->
 
 fn place(config: &Config, guest: &Guest, memory: &Memory, layout: &Layout) -> Result<BootRegs> {
     let image = &guest.image;
-    match &guest.format {
-        Format::Flat => flat::load(config, image, memory, layout),
+    let mut places = Places::new(&layout.ram, layout.ram.clone());
+    let mut boot = match &guest.format {
+        Format::Flat => flat::load(config, image, memory, layout, &mut places)?,
         Format::Elf32(program) | Format::Elf64(program) => {
-            let mut places = Places::new(&layout.ram, Vec::new());
             program.load(image, memory, &mut places)?;
-            arch::enter(guest.format.cpu_mode(), crate::config::Entry::Linear(program.entry), memory, layout)
+            arch::enter(guest.format.cpu_mode(), crate::config::Entry::Linear(program.entry), memory, layout)?
         }
-        Format::Multiboot1 { program, .. } => multiboot::load(config, image, (program, None), memory, layout),
+        Format::Multiboot1 { program, .. } => return multiboot::load(config, image, (program, None), memory, layout),
         Format::Multiboot2 { header, program } => {
-            multiboot::load(config, image, (program, Some(header)), memory, layout)
+            return multiboot::load(config, image, (program, Some(header)), memory, layout);
         }
-    }
+    };
+    boot.hand_over(device_tree(config, memory, layout, &mut places)?);
+    Ok(boot)
+}
+
+/// Writes the machine's device tree, where it has one, to the place that the user names, or else as high in RAM as it
+/// fits; a guest without room for it gets none.
+fn device_tree(config: &Config, memory: &Memory, layout: &Layout, places: &mut Places) -> Result<Option<Span>> {
+    /// The format asks for 8 (Devicetree Specification 0.4, 5.2); a stack below the tree likes 16.
+    const ALIGN: u64 = 16;
+    let Some(tree) = board::device_tree(config, layout)? else { return Ok(None) };
+    let size = tree.len() as u64;
+    let span = match config.fdt_at {
+        None => places.highest(size, ALIGN),
+        Some(at) => {
+            let span = Span::new(at.0, size).filter(|span| span.start % 8 == 0);
+            let span =
+                span.ok_or_else(|| usage(format!("--fdt-at {at}: give it a multiple of 8 below 2^64 - {size}")))?;
+            places.claim(span, "the device tree")?;
+            Some(span)
+        }
+    };
+    span.map(|span| memory.write(span.start, &tree).map(|()| span)).transpose()
 }

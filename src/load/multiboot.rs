@@ -6,12 +6,13 @@
 use anyhow::{Context, Result};
 
 use super::image::Image;
+use super::linux::foreign;
 use super::place::{Places, REACH};
 use super::program::{Program, Segment};
 use super::symbols::Symbols;
 use super::{multiboot1, multiboot2};
 use crate::arch::{self, BootRegs, Layout};
-use crate::config::{Config, CpuMode, Entry};
+use crate::config::{Config, CpuMode, Entry, RegValue};
 use crate::error::{Refusal, refuse};
 use crate::memory::{Memory, Span};
 
@@ -196,13 +197,23 @@ pub fn load(
     memory.write(span.start, &handover.form(header, span.start)?)?;
     let mut boot = arch::enter(CpuMode::Protected, Entry::Linear(program.entry), memory, layout)?;
     // MB1 3.2, MB2 3.3: what a kernel knows its loader by, and where the information is.
-    boot.regs.rax = if header.is_some() { multiboot2::LOADED } else { multiboot1::LOADED }.into();
-    boot.regs.rbx = span.start;
+    let loaded = if header.is_some() { multiboot2::LOADED } else { multiboot1::LOADED };
+    for (name, value) in [("eax", loaded.into()), ("ebx", span.start)] {
+        arch::set_register(&mut boot, CpuMode::Protected, &RegValue { name: name.into(), value })?;
+    }
     Ok(boot)
+}
+
+/// This host's CPU can run kernels of a PC.
+pub fn runs_here() -> bool {
+    arch::elf_mode(false, elf::abi::EM_386).is_some()
 }
 
 /// Checks what makes a kernel possible to load at all.
 pub fn check(program: &Program) -> Result<(), Refusal> {
+    if !runs_here() {
+        return Err(foreign("x86 multiboot"));
+    }
     program.check_below(REACH, "out of a multiboot kernel's reach")?;
     program.check_entry()
 }

@@ -71,6 +71,24 @@ impl Places {
         Some(span)
     }
 
+    /// Takes the highest free place of `size` bytes, a multiple of `align`.
+    pub fn highest(&mut self, size: u64, align: u64) -> Option<Span> {
+        let span = self.usable.iter().rev().find_map(|usable| {
+            let mut last = usable.last();
+            loop {
+                let start = last.checked_sub(size.checked_sub(1)?)?;
+                let span = Span::new(start - start % align, size).filter(|s| usable.contains(s))?;
+                match self.conflict(&span) {
+                    None => return Some(span),
+                    // Always further down, so that this ends.
+                    Some((other, _)) => last = other.start.checked_sub(1)?,
+                }
+            }
+        })?;
+        self.taken.insert(span.start, (span, "a place at the end".to_owned()));
+        Some(span)
+    }
+
     /// One past the last byte that is taken below 4 GiB; 0 where nothing is.
     pub fn top(&self) -> u64 {
         self.taken.range(..REACH).next_back().map_or(0, |(_, (span, _))| span.last().saturating_add(1))
@@ -114,6 +132,18 @@ mod tests {
         places.claim(span(0x2000, 1), "after").unwrap();
         places.claim(span(REACH, 1), "high").unwrap();
         assert_eq!(places.top(), 0x9001);
+    }
+
+    #[test]
+    fn a_search_from_the_end_takes_the_highest_free_place() {
+        let mut places = places();
+        places.claim(span(REACH + 0xfff0, 0x10), "the end").unwrap();
+        assert_eq!(places.highest(0x81, 16), Some(span(REACH + 0xff60, 0x81)));
+        assert_eq!(places.highest(0x8, 16), Some(span(REACH + 0xff50, 0x8)));
+        assert_eq!(places.highest(0xff51, 16), None);
+        assert_eq!(places.highest(0xff50, 1), Some(span(REACH, 0xff50)));
+        assert_eq!(places.highest(0x6000, 1), Some(span(0xa000, 0x6000)));
+        assert_eq!((places.highest(0, 16), places.highest(u64::MAX, 16)), (None, None));
     }
 
     #[test]

@@ -11,7 +11,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use kvm_ioctls::Cap;
 use rustix::fd::OwnedFd;
 
 pub use self::streams::Streams;
@@ -182,15 +181,15 @@ pub fn run(config: &Config, guest: &Guest) -> Result<Ended> {
 pub fn build(config: &Config, streams: &Streams) -> Result<Machine<Paused>> {
     let layout = arch::layout(config)?;
     check_cpus(config.cpus)?;
-    let vm = Vm::new()?;
+    let vm = Vm::new(arch::vm_type(kvm()?, &layout)?)?;
+    let config = board::choose(&vm, config)?;
+    let layout = arch::layout(&config)?;
     let memory = Memory::new(&layout.memory(), config.hugepages)?;
     vm.map(&memory)?;
-    let board = board::build(&vm, config, &layout, streams.serial_console(), streams.debug_console())?;
+    let mut board = board::build(&vm, &config, &layout, streams.serial_console(), streams.debug_console())?;
     let vcpus = (0..config.cpus).map(|id| vm.vcpu(id)).collect::<Result<Vec<_>>>()?;
-    for vcpu in &vcpus {
-        board::prepare(vcpu, config)?;
-    }
-    Ok(Machine { state: Paused { vcpus }, config: config.clone(), layout, memory, board, vm })
+    board::prepare(&vm, &vcpus, &config, &mut board)?;
+    Ok(Machine { state: Paused { vcpus }, config, layout, memory, board, vm })
 }
 
 /// The soft limit warns, the hard one refuses.
@@ -215,8 +214,7 @@ impl Machine<Paused> {
     /// The guest cannot be loaded.
     pub fn boot(&mut self, guest: &Guest) -> Result<()> {
         let boot = load::load(&self.config, guest, &self.memory, &self.layout)?;
-        let sync = kvm()?.check_extension_int(Cap::SyncRegs) & arch::SYNC_REGS == arch::SYNC_REGS;
-        self.state.vcpus.first_mut().map_or(Ok(()), |cpu| cpu.enter(&boot, sync))
+        self.state.vcpus.first_mut().map_or(Ok(()), |cpu| cpu.enter(&boot))
     }
 
     /// Starts every CPU on its own thread.
@@ -343,6 +341,6 @@ impl<S> Machine<S> {
 
     /// KVM's own halt: whether CPUs may sleep in KVM for ever without an exit.
     fn halts_in_kvm(&self) -> bool {
-        self.config.irqchip != Some(IrqChip::None)
+        !arch::HALT_EXITS || self.config.irqchip != Some(IrqChip::None)
     }
 }

@@ -176,9 +176,6 @@ impl Streams {
     /// # Errors
     /// The host refuses.
     pub fn watch(&mut self, readiness: &Readiness) -> Result<()> {
-        for output in self.outputs() {
-            output.hold();
-        }
         if let Some((listener, _)) = &self.listener {
             readiness.watch(listener, LISTEN, Edge::Level)?;
         }
@@ -370,6 +367,13 @@ impl Streams {
     pub fn go_on(&self) {
         if self.keys.is_some() && terminal::is_ours() {
             let _ = terminal::make_raw();
+        }
+    }
+
+    /// A vCPU may wait for a reader: the event loop is there to write for it.
+    pub fn hold(&self) {
+        for output in self.outputs() {
+            output.hold();
         }
     }
 

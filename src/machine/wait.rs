@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use super::streams::{Ended, Streams};
 use super::{End, Lent, Life, Machine, Paused, Running};
+use crate::board;
 use crate::event::{Edge, Readiness};
 use crate::host::sys;
 use crate::vcpu::Idle;
@@ -20,6 +21,8 @@ const BELL: u64 = 11;
 /// less. Two looks show that a CPU is idle, a third takes its answer: at most half a second in all.
 const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LAST_LOOK: Duration = Duration::from_millis(200);
+/// The same for a machine that was stopped for a look, and could go on.
+const LONGEST_LOOK: Duration = Duration::from_secs(10);
 /// How long a kicked CPU is given to answer.
 const ANSWER: Duration = Duration::from_millis(5);
 /// A CPU that uses less than this part of the time is asked what it does: 5 %.
@@ -31,25 +34,50 @@ const IMPATIENCE: Duration = Duration::from_millis(30);
 impl Machine<Running> {
     /// Serves the machine until it ends, then takes its CPUs back.
     ///
+    /// That all CPUs have halted for good is a suspicion, which the board confirms once they have stopped; a machine that
+    /// can go on does, and is then looked at more and more seldom.
+    ///
     /// # Errors
     /// The host refuses to wait.
-    pub fn wait(self, life: &Life, streams: &mut Streams) -> Result<(Machine<Paused>, End)> {
-        let end = self.serve(life, streams);
-        streams.release();
-        let Self { state, config, layout, memory, board, vm } = self;
-        let vcpus = state.stop()?;
-        let end = end?;
-        let patience = if matches!(end, End::Signal(_) | End::Quit) { IMPATIENCE } else { PATIENCE };
-        streams.finish(patience);
-        Ok((Machine { state: Paused { vcpus }, config, layout, memory, board, vm }, end))
+    pub fn wait(mut self, life: &Life, streams: &mut Streams) -> Result<(Machine<Paused>, End)> {
+        let mut pause = FIRST_LOOK;
+        let readiness = match watching(life, streams) {
+            Ok(readiness) => readiness,
+            Err(e) => {
+                self.pause()?;
+                return Err(e);
+            }
+        };
+        loop {
+            streams.hold();
+            let end = self.serve(&readiness, life, streams, pause);
+            streams.release();
+            let ended = self.state.ended.clone();
+            let machine = self.pause()?;
+            let mut end = end?;
+            if end == End::AllHalted {
+                // A CPU may have ended the machine while it was being stopped.
+                if let Some((cpu, stop)) = ended.get() {
+                    end = End::Guest(*cpu, stop.clone());
+                } else if board::can_wake(&machine.board, &machine.state.vcpus, &machine.memory)? {
+                    pause = LONGEST_LOOK.min(pause * 4);
+                    self = machine.resume(life, streams)?;
+                    continue;
+                }
+            }
+            streams.finish(if matches!(end, End::Signal(_) | End::Quit) { IMPATIENCE } else { PATIENCE });
+            return Ok((machine, end));
+        }
     }
 
-    fn serve(&self, life: &Life, streams: &mut Streams) -> Result<End> {
-        let readiness = Readiness::new().context("epoll")?;
-        readiness.watch(life.signals()?, SIGNALS, Edge::Level)?;
-        readiness.watch(&*streams, BELL, Edge::Edge)?;
-        streams.watch(&readiness)?;
-        let mut watch = Watch::new(self);
+    /// Stops every CPU and takes it back.
+    fn pause(self) -> Result<Machine<Paused>> {
+        let Self { state, config, layout, memory, board, vm } = self;
+        Ok(Machine { state: Paused { vcpus: state.stop()? }, config, layout, memory, board, vm })
+    }
+
+    fn serve(&self, readiness: &Readiness, life: &Life, streams: &mut Streams, pause: Duration) -> Result<End> {
+        let mut watch = Watch::new(self, pause);
         let mut ready = Vec::new();
         loop {
             let ended = self.state.ended.get();
@@ -65,7 +93,7 @@ impl Machine<Running> {
             if let Some((cpu, stop)) = ended {
                 return Ok(End::Guest(*cpu, stop.clone()));
             }
-            let wish = streams.serve(&readiness, &ready)?;
+            let wish = streams.serve(readiness, &ready)?;
             match wish.end {
                 Some(Ended::Quit) => return Ok(End::Quit),
                 Some(Ended::Interrupt) => return Ok(End::Signal(sys::SIGINT)),
@@ -83,6 +111,15 @@ impl Machine<Running> {
             }
         }
     }
+}
+
+/// Everything that the event loop waits for.
+fn watching(life: &Life, streams: &mut Streams) -> Result<Readiness> {
+    let readiness = Readiness::new().context("epoll")?;
+    readiness.watch(life.signals()?, SIGNALS, Edge::Level)?;
+    readiness.watch(&*streams, BELL, Edge::Edge)?;
+    streams.watch(&readiness)?;
+    Ok(readiness)
 }
 
 /// The end that a signal asks for; none for one that only stops the process for a while.
@@ -132,11 +169,11 @@ enum Seen {
 }
 
 impl<'a> Watch<'a> {
-    fn new(machine: &'a Machine<Running>) -> Self {
+    fn new(machine: &'a Machine<Running>, pause: Duration) -> Self {
         let cpus = machine.state.cpus.iter().map(|lent| Watched { lent, used: None, state: Seen::Busy }).collect();
         let now = Instant::now();
-        let next = machine.halts_in_kvm().then(|| now + FIRST_LOOK);
-        Self { cpus, next, pause: FIRST_LOOK, last: now, confirming: false }
+        let next = machine.halts_in_kvm().then(|| now + pause);
+        Self { cpus, next, pause, last: now, confirming: false }
     }
 
     /// Looks, if it is time to.
@@ -161,7 +198,7 @@ impl<'a> Watch<'a> {
         } else if any(Seen::Busy) || any(Seen::Is(Idle::No)) {
             self.confirming = false;
         }
-        self.pause = LAST_LOOK.min(self.pause * 2);
+        self.pause = LAST_LOOK.min(self.pause * 2).max(self.pause);
         let asked = self.cpus.iter().any(|cpu| cpu.state == Seen::Asked);
         self.next = Some(now + if asked { ANSWER } else { self.pause });
         false

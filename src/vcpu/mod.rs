@@ -13,14 +13,15 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
-use kvm_ioctls::{SyncReg, VcpuFd};
+use kvm_ioctls::VcpuFd;
 
 use crate::arch::{self, BootRegs, CpuState};
 use crate::bus::{Buses, Effect, Exit, FaultInfo};
 use crate::host::sys;
 use crate::trace::Trace;
+use crate::vm::kvm;
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u64 = 0xae80;
@@ -210,22 +211,12 @@ impl Vcpu {
         &self.fd
     }
 
-    /// Sets the state to start from: with the first KVM_RUN where the host synchronises registers
-    /// (KVM_CAP_SYNC_REGS), else by two calls.
+    /// Sets the state to start from.
     ///
     /// # Errors
     /// KVM refuses the state.
-    pub fn enter(&mut self, boot: &BootRegs, sync_regs: bool) -> Result<()> {
-        if sync_regs {
-            let sync = self.fd.sync_regs_mut();
-            sync.regs = boot.regs;
-            sync.sregs = boot.sregs;
-            self.fd.set_sync_dirty_reg(SyncReg::Register);
-            self.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
-            return Ok(());
-        }
-        self.fd.set_sregs(&boot.sregs).map_err(io::Error::from).context("KVM_SET_SREGS")?;
-        self.fd.set_regs(&boot.regs).map_err(io::Error::from).context("KVM_SET_REGS")
+    pub fn enter(&mut self, boot: &BootRegs) -> Result<()> {
+        boot.apply(&mut self.fd, kvm()?)
     }
 
     /// Makes the calling thread the one that runs this vCPU and that `flag` speaks of.

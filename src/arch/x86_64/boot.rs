@@ -3,7 +3,11 @@
 //! A `BootRegs` is data; [`crate::vcpu::Vcpu::enter`] applies it. Invariant: each of them passes the checks that the SDM
 //! lists for VM entry (Vol. 3, "Checks on the Guest State Area"), since VT-x refuses states that other hosts accept.
 
+use std::io;
+
+use anyhow::Context;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuFd};
 
 use crate::memory::{Memory, Span};
 
@@ -75,7 +79,42 @@ fn flat(selector: u16, descriptor: u64) -> kvm_segment {
     }
 }
 
+/// KVM_SYNC_X86_REGS and KVM_SYNC_X86_SREGS.
+const SYNC_REGS: i32 = 3;
+
+impl Default for BootRegs {
+    fn default() -> Self {
+        Self::real()
+    }
+}
+
 impl BootRegs {
+    /// The address of the first instruction.
+    pub fn entry(&self) -> u64 {
+        self.sregs.cs.base.wrapping_add(self.regs.rip)
+    }
+
+    /// A PC's guests are not told of a device tree; the board makes none.
+    pub fn hand_over(&mut self, _tree: Option<Span>) {}
+
+    /// Sets a CPU's registers: with the first KVM_RUN where the host synchronises registers (KVM_CAP_SYNC_REGS), else by
+    /// two calls.
+    ///
+    /// # Errors
+    /// KVM refuses the state.
+    pub fn apply(&self, fd: &mut VcpuFd, kvm: &Kvm) -> anyhow::Result<()> {
+        if kvm.check_extension_int(Cap::SyncRegs) & SYNC_REGS == SYNC_REGS {
+            let sync = fd.sync_regs_mut();
+            sync.regs = self.regs;
+            sync.sregs = self.sregs;
+            fd.set_sync_dirty_reg(SyncReg::Register);
+            fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+            return Ok(());
+        }
+        fd.set_sregs(&self.sregs).map_err(io::Error::from).context("KVM_SET_SREGS")?;
+        fd.set_regs(&self.regs).map_err(io::Error::from).context("KVM_SET_REGS")
+    }
+
     /// Real mode at 0:0, as after power-on but for cs and rip: every register 0, rflags 2, no caching disabled.
     pub fn real() -> Self {
         let data = segment(0, 0, 0xffff, 3);

@@ -5,14 +5,20 @@
 
 use anyhow::{Context, Result};
 
-use super::{BootRegs, Layout, boot};
-use crate::config::{CpuMode, Entry};
+use super::{BootRegs, boot, layout};
+use crate::arch::Layout;
+use crate::config::{Config, CpuMode, Entry};
 use crate::error::{Refusal, refuse, usage};
 use crate::memory::Memory;
 
 /// ELF machine numbers (System V ABI): 32-bit x86, x86-64.
 const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
+
+/// Where a flat guest is loaded unless its user says otherwise: clear of the real-mode vector table and BIOS data area.
+pub fn flat_load(_config: &Config) -> u64 {
+    0x1000
+}
 
 /// The mode an ELF of this class and machine is entered in; none where it is for another architecture.
 pub fn elf_mode(wide: bool, machine: u16) -> Option<CpuMode> {
@@ -29,6 +35,7 @@ pub fn elf_mode(wide: bool, machine: u16) -> Option<CpuMode> {
 /// The mode cannot be entered there: status 2.
 pub fn linear_entry(mode: CpuMode, entry: Entry) -> Result<u64, Refusal> {
     match (mode, entry) {
+        (CpuMode::El1, _) => Err(usage("--cpu-mode el1: an x86-64 CPU has real, protected and long")),
         (CpuMode::Real, Entry::Far(segment, offset)) => Ok((u64::from(segment) << 4) + u64::from(offset)),
         (_, Entry::Far(..)) => Err(usage(format!("--entry {entry}: SEG:OFF means nothing in {mode} mode"))
             .hint("give --entry a linear address, or --cpu-mode real")),
@@ -52,7 +59,7 @@ pub fn linear_entry(mode: CpuMode, entry: Entry) -> Result<u64, Refusal> {
 ///
 /// # Errors
 /// The mode cannot be entered there, or needs RAM for a stack below 4 GiB and there is none.
-pub fn enter(mode: CpuMode, entry: Entry, memory: &Memory, layout: &Layout) -> Result<BootRegs> {
+pub fn enter(mode: CpuMode, entry: Entry, memory: &Memory, map: &Layout) -> Result<BootRegs> {
     let rip = linear_entry(mode, entry)?;
     if mode == CpuMode::Real {
         let mut boot = BootRegs::real();
@@ -64,15 +71,15 @@ pub fn enter(mode: CpuMode, entry: Entry, memory: &Memory, layout: &Layout) -> R
         }
         return Ok(boot);
     }
-    let tables = layout.tables.context("the layout has no place for the boot tables of this mode")?;
+    let tables = map.tables.context("the layout has no place for the boot tables of this mode")?;
     // A 64-bit guest whose RAM all lies above 4 GiB has its stack there.
-    let above = layout.ram.last().filter(|_| mode == CpuMode::Long).map(|span| span.start + span.size);
-    let rsp = layout.top_below_4g().or(above).ok_or_else(|| {
+    let above = map.ram.last().filter(|_| mode == CpuMode::Long).map(|span| span.start + span.size);
+    let rsp = layout::top_below_4g(map).or(above).ok_or_else(|| {
         refuse(format!("{mode} mode needs RAM below 4 GiB for its stack, and there is none"))
             .hint("give a lower --ram-base, or none")
     })?;
     if mode == CpuMode::Long {
-        boot::write_long_tables(memory, tables, &layout.ram)?;
+        boot::write_long_tables(memory, tables, &map.ram)?;
         return Ok(BootRegs::long(tables, rip, rsp));
     }
     boot::write_protected_tables(memory, tables)?;
@@ -82,15 +89,15 @@ pub fn enter(mode: CpuMode, entry: Entry, memory: &Memory, layout: &Layout) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Addr, Config, Size};
+    use crate::config::{Addr, Size};
     use crate::error::verdict;
 
     fn at(mode: CpuMode, entry: &str, ram_base: u64) -> Result<BootRegs> {
         let config =
             Config { memory: Size(1 << 20), ram_base: Some(Addr(ram_base)), cpu_mode: Some(mode), ..Config::default() };
-        let layout = super::super::layout(&config)?;
-        let memory = Memory::new(&layout.memory(), false)?;
-        enter(mode, entry.parse().unwrap(), &memory, &layout)
+        let map = layout::layout(&config)?;
+        let memory = Memory::new(&map.memory(), false)?;
+        enter(mode, entry.parse().unwrap(), &memory, &map)
     }
 
     #[test]

@@ -3,13 +3,13 @@
 //! Guest addresses are ABI: a change here changes what guests and snapshots see, so golden tests pin it. The shape is
 //! the PC's: RAM from 0, a hole below 4 GiB for devices, the rest of RAM from 4 GiB on.
 
-use std::fmt;
-
 use anyhow::Result;
+use kvm_ioctls::Kvm;
 
+use crate::arch::map::{self, Layout, Region, mmio};
 use crate::config::{Config, CpuMode, Space};
 use crate::error::{refuse, usage};
-use crate::memory::{HUGE_PAGE, Span, page_size};
+use crate::memory::{Span, page_size};
 
 /// Where RAM must end below 4 GiB; devices live from here to 4 GiB.
 pub const HOLE: u64 = 0xc000_0000;
@@ -44,44 +44,25 @@ pub const POWER_OFF: u64 = 0x604;
 /// The largest RAM that the page tables' place has room for: 8 TiB.
 const MAX_RAM: u64 = 8 << 40;
 
-/// One named range of the map.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Region {
-    /// Ports or memory.
-    pub space: Space,
-    /// Addresses.
-    pub span: Span,
-    /// What is there.
-    pub name: &'static str,
-}
-
-/// Where everything is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layout {
-    /// RAM, in ascending order; at most two spans.
-    pub ram: Vec<Span>,
-    /// GDT and page tables, where the guest starts in protected or long mode.
-    pub tables: Option<Span>,
-    /// Everything, RAM included, ports after memory, in ascending order.
-    pub regions: Vec<Region>,
-}
-
 /// The map of the machine that `config` describes.
 ///
 /// # Errors
 /// RAM of no or of an odd size, or in a place where it cannot be; a debug console on top of something else.
 pub fn layout(config: &Config) -> Result<Layout> {
+    for (option, given) in [("--gic", config.gic.is_some()), ("--fdt-at", config.fdt_at.is_some())] {
+        if given {
+            return Err(usage(format!("{option} means nothing for an x86-64 machine")).into());
+        }
+    }
     let ram = ram_spans(config)?;
     let tables = match config.cpu_mode {
         None | Some(CpuMode::Real) => None,
+        Some(mode @ CpuMode::El1) => return Err(usage(format!("--cpu-mode {mode} is not one of an x86-64 CPU")).into()),
         Some(CpuMode::Protected) => Some(Span { start: TABLES, size: page_size() }),
         Some(CpuMode::Long) => Some(Span { start: TABLES, size: super::boot::long_mode_tables_size(&ram) }),
     };
-    let mmio = |start, size, name| Region { space: Space::Mmio, span: Span { start, size }, name };
     let pio = |start, size, name| Region { space: Space::Pio, span: Span { start, size }, name };
-    let mut regions: Vec<_> = ram.iter().map(|s| mmio(s.start, s.size, "RAM")).collect();
-    regions.extend(tables.map(|s| mmio(s.start, s.size, "boot tables (GDT, page tables)")));
-    regions.extend([
+    let mut regions = vec![
         mmio(IDENTITY_MAP, 0x1000, "KVM identity map"),
         mmio(TSS, 0x3000, "KVM task state segment"),
         pio(I8042_DATA, 1, "i8042 data"),
@@ -90,7 +71,7 @@ pub fn layout(config: &Config) -> Result<Layout> {
         pio(DEBUG_EXIT, 4, "debug exit"),
         pio(SERIAL, 8, "serial port"),
         pio(POWER_OFF, 2, "power off"),
-    ]);
+    ];
     if config.irqchip != Some(crate::config::IrqChip::None) {
         regions.extend([
             mmio(IOAPIC, 0x1000, "I/O APIC"),
@@ -102,48 +83,20 @@ pub fn layout(config: &Config) -> Result<Layout> {
             pio(0x4d0, 2, "PIC edge/level"),
         ]);
     }
-    if let Some(console) = config.debugcon {
-        let region =
-            Region { space: console.space, span: Span { start: console.addr, size: 1 }, name: "debug console" };
-        if let Some(other) = regions.iter().find(|r| r.space == region.space && r.span.overlaps(&region.span)) {
-            return Err(usage(format!("--debugcon {console}: the {} is at {}", other.name, other.span)).into());
-        }
-        regions.push(region);
-    }
-    regions.sort_by_key(|r| (r.space == Space::Pio, r.span));
-    Ok(Layout { ram, tables, regions })
+    Layout::new(config, ram, tables, regions)
+}
+
+/// The kind of virtual machine that KVM_CREATE_VM is asked for: the usual one.
+///
+/// # Errors
+/// None here.
+pub fn vm_type(_kvm: &Kvm, _layout: &Layout) -> Result<u64> {
+    Ok(0)
 }
 
 fn ram_spans(config: &Config) -> Result<Vec<Span>> {
-    let size = config.memory.0;
-    let page = if config.hugepages { HUGE_PAGE } else { page_size() };
-    if size == 0 {
-        return Err(refuse("a machine without RAM cannot run")
-            .hint("give --memory a size, as in --memory 128M")
-            .into());
-    }
-    if !size.is_multiple_of(page) {
-        let below = size - size % page;
-        let hint = match below {
-            0 => format!("the least is {page} bytes"),
-            _ => format!("the nearest valid sizes are {below} and {} bytes", below.saturating_add(page)),
-        };
-        return Err(refuse(format!("--memory of {size} bytes is not a multiple of the page size, {page} bytes"))
-            .hint(hint)
-            .into());
-    }
-    if size > MAX_RAM {
-        return Err(refuse(format!(
-            "--memory {} is more than the {} an x86-64 machine of Bantam's can have",
-            config.memory,
-            crate::config::Size(MAX_RAM)
-        ))
-        .into());
-    }
-    let base = config.ram_base.map_or(0, |a| a.0);
-    if !base.is_multiple_of(page) {
-        return Err(usage(format!("--ram-base {base:#x} is not a multiple of the page size, {page:#x}")).into());
-    }
+    let (size, base) = map::ram(config, MAX_RAM)?;
+    let base = base.unwrap_or(0);
     if (HOLE..ABOVE).contains(&base) {
         return Err(usage(format!("--ram-base {base:#x} lies in the device hole, {HOLE:#x}..={:#x}", ABOVE - 1)).into());
     }
@@ -160,41 +113,9 @@ fn ram_spans(config: &Config) -> Result<Vec<Span>> {
     Ok(vec![Span { start: base, size: below }, Span { start: ABOVE, size: size - below }])
 }
 
-impl Layout {
-    /// Everything that is mapped as memory: RAM and the boot tables, ascending.
-    pub fn memory(&self) -> Vec<Span> {
-        let mut spans = self.ram.clone();
-        spans.extend(self.tables);
-        spans.sort();
-        spans
-    }
-
-    /// One past the last byte of RAM below 4 GiB, if there is RAM there: the first stack.
-    pub fn top_below_4g(&self) -> Option<u64> {
-        self.ram.iter().filter(|s| s.last() < ABOVE).map(|s| s.start + s.size).max()
-    }
-}
-
-impl fmt::Display for Layout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for region in &self.regions {
-            let (first, last) = (region.span.start, region.span.last());
-            match region.space {
-                Space::Mmio => writeln!(
-                    f,
-                    "memory {first:#014x}..={last:#014x} {:>12} {}",
-                    crate::config::Size(region.span.size).to_string(),
-                    region.name
-                )?,
-                Space::Pio => writeln!(
-                    f,
-                    "port           {first:#06x}..={last:#06x}         {:>12} {}",
-                    region.span.size, region.name
-                )?,
-            }
-        }
-        Ok(())
-    }
+/// One past the last byte of RAM below 4 GiB, if there is RAM there: the first stack.
+pub fn top_below_4g(layout: &Layout) -> Option<u64> {
+    layout.ram.iter().filter(|s| s.last() < ABOVE).map(|s| s.start + s.size).max()
 }
 
 #[cfg(test)]

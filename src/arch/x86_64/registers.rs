@@ -72,7 +72,7 @@ pub fn set_register(boot: &mut BootRegs, mode: CpuMode, reg: &RegValue) -> Resul
 fn can_point(mode: CpuMode, rip: u64) -> bool {
     match mode {
         CpuMode::Real | CpuMode::Protected => rip >> 32 == 0,
-        CpuMode::Long => (rip as i64) << 16 >> 16 == rip as i64,
+        CpuMode::Long | CpuMode::El1 => (rip as i64) << 16 >> 16 == rip as i64,
     }
 }
 

@@ -10,6 +10,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::boot::cr0;
+use crate::memory::Memory;
 
 /// RFLAGS.IF.
 const INTERRUPTS: u64 = 1 << 9;
@@ -85,7 +86,7 @@ impl fmt::Display for CpuState {
 }
 
 /// The guest-physical address behind a linear one, as the CPU's own page tables have it now.
-pub fn translate(fd: &VcpuFd, linear: u64) -> Option<u64> {
+pub fn translate(fd: &VcpuFd, _memory: &Memory, linear: u64) -> Option<u64> {
     fd.translate_gva(linear).ok().filter(|t| t.valid != 0).map(|t| t.physical_address)
 }
 

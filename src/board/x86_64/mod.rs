@@ -1,11 +1,13 @@
 //! The PC's board, as little of it as guests expect.
 
 use std::io;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 
 use super::Board;
+
 use crate::arch::layout::{
     CMOS, DEBUG_EXIT, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, POWER_OFF, SERIAL, SERIAL_IRQ, TSS,
 };
@@ -21,9 +23,12 @@ use crate::device::i8042::I8042;
 use crate::device::power_off::PowerOff;
 use crate::device::serial::Serial;
 use crate::irq::{IrqLine, Unconnected};
-use crate::memory::Span;
+use crate::memory::{Memory, Span};
 use crate::vcpu::Vcpu;
-use crate::vm::{Vm, supported_cpuid};
+use crate::vm::{Vm, kvm};
+
+/// KVM's own controllers have no descriptor of their own.
+pub struct Irqchip;
 
 /// Makes the in-kernel parts and the devices. Memory slots must be there already, vCPUs must not.
 ///
@@ -52,17 +57,59 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, serial: HostConsole, deb
     if let Some(at) = config.debugcon {
         devices.place(at.space, Span { start: at.addr, size: 1 }, DebugConsole::new(Box::new(debug)))?;
     }
-    Ok(Board { buses: devices.finish(), serial })
+    Ok(Board { buses: devices.finish(), serial, irqchip: Irqchip })
 }
 
-/// Tells a vCPU who it is.
+/// The CPUID that KVM supports, asked once a process: each leaf is a trap on a virtual host.
+///
+/// # Errors
+/// KVM refuses.
+fn supported_cpuid() -> Result<&'static CpuId> {
+    static CPUID: OnceLock<CpuId> = OnceLock::new();
+    if let Some(cpuid) = CPUID.get() {
+        return Ok(cpuid);
+    }
+    let cpuid = kvm()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
+    Ok(CPUID.get_or_init(|| cpuid))
+}
+
+/// What only the host can say of a machine that `config` leaves open: nothing here.
+///
+/// # Errors
+/// None here.
+pub fn choose(_vm: &Vm, config: &Config) -> Result<Config> {
+    Ok(config.clone())
+}
+
+/// Tells each vCPU who it is.
 ///
 /// # Errors
 /// KVM refuses its CPUID.
-pub fn prepare(vcpu: &Vcpu, config: &Config) -> Result<()> {
+pub fn prepare(_vm: &Vm, vcpus: &[Vcpu], config: &Config, _board: &mut Board) -> Result<()> {
     if config.cpuid == Some(Cpuid::None) {
         return Ok(());
     }
+    vcpus.iter().try_for_each(|vcpu| tell_cpuid(vcpu, config))
+}
+
+/// Whether a machine whose CPUs all said that they are halted for good may go on after all: what a halted CPU of a PC
+/// says is true.
+///
+/// # Errors
+/// None here.
+pub fn can_wake(_board: &Board, _vcpus: &[Vcpu], _memory: &Memory) -> Result<bool> {
+    Ok(false)
+}
+
+/// A PC has no device tree.
+///
+/// # Errors
+/// None here.
+pub fn device_tree(_config: &Config, _layout: &Layout) -> Result<Option<Vec<u8>>> {
+    Ok(None)
+}
+
+fn tell_cpuid(vcpu: &Vcpu, config: &Config) -> Result<()> {
     let local_apic = config.irqchip != Some(IrqChip::None);
     let cpuid = arch::cpuid(supported_cpuid()?, vcpu.id(), config.cpus, local_apic);
     vcpu.fd()
