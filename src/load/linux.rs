@@ -79,18 +79,25 @@ mod tests {
         refuse_image(&head).map_or_else(|e| e.to_string(), |()| String::new())
     }
 
+    /// A Linux image for `name`, refused as one for here, or for elsewhere.
+    fn assert_image(name: &str, text: &str) {
+        let here = name == arch::NAME && text.contains("not yet supported");
+        assert!(here || text.ends_with(&format!("{name} guest; this host is {}", arch::NAME)), "{name}: {text}");
+    }
+
     #[test]
     fn linux_images_are_recognised_by_their_own_marks() {
         let text = with(&[(0x1fe, b"\x55\xaa"), (0x202, b"HdrS\x0f\x02")]);
-        assert!(text.contains("bzImage, boot protocol 2.15") && text.contains("yet"), "{text}");
-        assert!(with(&[(0x38, b"ARM\x64")]).contains("arm64"));
-        assert_eq!(with(&[(0x38, b"RSC\x05")]), "this is a riscv guest; this host is x86-64");
+        assert_image("x86-64", &text);
+        assert!(arch::NAME != "x86-64" || text.contains("bzImage, boot protocol 2.15"), "{text}");
+        assert_image("arm64", &with(&[(0x38, b"ARM\x64")]));
+        assert_image("riscv", &with(&[(0x38, b"RSC\x05")]));
         let zboot: [(usize, &[u8]); 2] = [(0, b"MZ\0\0zimg"), (0x3c, &[0x80])];
         assert!(with(&zboot).contains("zboot"));
         let arm = [zboot[0], zboot[1], (0x80, b"PE\0\0\x64\xaa")];
-        assert_eq!(with(&arm), "this is an arm64 guest; this host is x86-64");
+        assert_image("arm64", &with(&arm));
         let x86 = [zboot[0], zboot[1], (0x80, b"PE\0\0\x64\x86")];
-        assert!(with(&x86).contains("yet"));
+        assert_image("x86-64", &with(&x86));
     }
 
     #[test]

@@ -15,12 +15,8 @@ mod linux;
 mod multiboot;
 mod multiboot1;
 mod multiboot2;
-#[cfg(test)]
-mod multiboot_tests;
 mod place;
 mod program;
-#[cfg(test)]
-mod samples;
 mod symbols;
 #[cfg(test)]
 mod tests;
@@ -142,16 +138,19 @@ fn format(image: &Image) -> Result<Format> {
 
 fn multiboot(image: &Image, head: &[u8], elf: Option<&elf::Elf>) -> Result<Option<Format>> {
     // An ELF that another architecture can run is no PC's kernel, whatever bytes are in it.
-    if elf.is_some() && !multiboot::runs_here() {
+    let here = multiboot::check_here();
+    if elf.is_some() && here.is_err() {
         return Ok(None);
     }
     let program = || elf.map(|e| e.program.clone());
     if let Some(header) = multiboot2::find(head)? {
+        here?;
         let program = header.program(image, program())?;
         multiboot::check(&program)?;
         return Ok(Some(Format::Multiboot2 { header, program }));
     }
     if let Some(header) = multiboot1::find(head)? {
+        here?;
         let program = header.program(image, program())?;
         multiboot::check(&program)?;
         return Ok(Some(Format::Multiboot1 { header, program }));

@@ -205,15 +205,12 @@ pub fn load(
 }
 
 /// This host's CPU can run kernels of a PC.
-pub fn runs_here() -> bool {
-    arch::elf_mode(false, elf::abi::EM_386).is_some()
+pub fn check_here() -> Result<(), Refusal> {
+    arch::elf_mode(false, elf::abi::EM_386).map(|_| ()).ok_or_else(|| foreign("x86 multiboot"))
 }
 
 /// Checks what makes a kernel possible to load at all.
 pub fn check(program: &Program) -> Result<(), Refusal> {
-    if !runs_here() {
-        return Err(foreign("x86 multiboot"));
-    }
     program.check_below(REACH, "out of a multiboot kernel's reach")?;
     program.check_entry()
 }

@@ -99,6 +99,15 @@ fn fault(run: &kvm_run) -> FaultInfo {
             let exception = unsafe { union.ex };
             format!("exception {}, error code {:#x}", exception.exception, exception.error_code)
         }
+        KVM_EXIT_ARM_NISV => {
+            // SAFETY: as above.
+            let access = unsafe { union.arm_nisv };
+            let (address, syndrome) = (access.fault_ipa, access.esr_iss);
+            format!(
+                "a load or store at {address:#x}, outside RAM, by an instruction that the CPU does not describe (ISS \
+                 {syndrome:#x}): of a pair, of a vector register, or with its base updated; devices want plain LDR and STR"
+            )
+        }
         _ => "an exit that Bantam does not expect".into(),
     };
     FaultInfo { name, detail, bytes }
@@ -114,6 +123,17 @@ fn emulated_bytes(words: &[u64]) -> Vec<u8> {
     let bytes: Vec<u8> = rest.iter().flat_map(|w| w.to_le_bytes()).collect();
     let [size, bytes @ ..] = bytes.as_slice() else { return Vec::new() };
     bytes.iter().take(usize::from(*size).min(15)).copied().collect()
+}
+
+/// What a system event that is neither power-off nor reset says (KVM api.rst, KVM_EXIT_SYSTEM_EVENT).
+pub fn system_event_name(event: u32) -> &'static str {
+    match event {
+        KVM_SYSTEM_EVENT_CRASH => "KVM_SYSTEM_EVENT_CRASH: the guest says that it has crashed",
+        KVM_SYSTEM_EVENT_WAKEUP => "KVM_SYSTEM_EVENT_WAKEUP: an interrupt for a suspended CPU",
+        KVM_SYSTEM_EVENT_SUSPEND => "KVM_SYSTEM_EVENT_SUSPEND: the guest wants to sleep",
+        KVM_SYSTEM_EVENT_SEV_TERM => "KVM_SYSTEM_EVENT_SEV_TERM: an encrypted guest ended itself",
+        _ => "unknown to Bantam",
+    }
 }
 
 fn suberror_name(suberror: u32) -> &'static str {
@@ -203,6 +223,13 @@ mod tests {
         let mut run = kvm_run { exit_reason: KVM_EXIT_INTERNAL_ERROR, ..Default::default() };
         run.__bindgen_anon_1.internal = kvm_run__bindgen_ty_1__bindgen_ty_13 { suberror: 3, ndata: 99, data: [5; 16] };
         assert!(fault(&run).detail.contains("DELIVERY_EV"));
+        let mut run = kvm_run { exit_reason: KVM_EXIT_ARM_NISV, ..Default::default() };
+        run.__bindgen_anon_1.arm_nisv = kvm_run__bindgen_ty_1__bindgen_ty_22 { esr_iss: 0x46, fault_ipa: 0x996 };
+        let fault = fault(&run);
+        assert!(
+            fault.name == "KVM_EXIT_ARM_NISV" && fault.detail.contains("at 0x996") && fault.detail.contains("0x46")
+        );
+        assert!(system_event_name(3).contains("CRASH") && system_event_name(99).contains("unknown"));
     }
 
     #[test]

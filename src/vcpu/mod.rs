@@ -91,7 +91,10 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
         Exit::Shutdown => died("KVM_EXIT_SHUTDOWN", arch::SHUTDOWN),
         Exit::System { event: KVM_SYSTEM_EVENT_SHUTDOWN, .. } => Next::Stop(Stop::PowerOff),
         Exit::System { event: KVM_SYSTEM_EVENT_RESET, .. } => Next::Stop(Stop::Reset),
-        Exit::System { event, data } => died("KVM_EXIT_SYSTEM_EVENT", &format!("type {event}, data {data:x?}")),
+        Exit::System { event, data } => died(
+            "KVM_EXIT_SYSTEM_EVENT",
+            &format!("type {event} ({}), data {data:x?}", exits::system_event_name(*event)),
+        ),
         Exit::Debug => died("KVM_EXIT_DEBUG", "a debug exit that nobody asked for"),
         Exit::Fault(fault) => Next::Stop(Stop::Died((**fault).clone())),
     }

@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::{BootRegs, layout};
 use crate::arch::Layout;
 use crate::config::{Config, CpuMode, Entry};
-use crate::error::{Refusal, usage};
+use crate::error::{Refusal, refuse, usage};
 use crate::memory::Memory;
 
 /// ELF machine number (ELF for the Arm 64-bit Architecture, 5.1).
@@ -42,10 +42,13 @@ pub fn linear_entry(mode: CpuMode, entry: Entry) -> Result<u64, Refusal> {
 /// The state of a CPU that starts at `entry`, its stack at the end of RAM.
 ///
 /// # Errors
-/// As [`linear_entry`].
-pub fn enter(mode: CpuMode, entry: Entry, _memory: &Memory, layout: &Layout) -> Result<BootRegs> {
+/// The file's entry is none for an arm64 CPU.
+pub fn enter(_mode: CpuMode, entry: Entry, _memory: &Memory, layout: &Layout) -> Result<BootRegs> {
     let sp = layout.ram.last().map_or(0, |ram| ram.start + ram.size);
-    Ok(BootRegs { pc: linear_entry(mode, entry)?, sp, ..BootRegs::default() })
+    match entry {
+        Entry::Linear(pc) if pc.is_multiple_of(4) => Ok(BootRegs { pc, sp, ..BootRegs::default() }),
+        _ => Err(refuse(format!("its entry, {entry}, is not a multiple of 4, as arm64 instructions are")).into()),
+    }
 }
 
 #[cfg(test)]

@@ -101,8 +101,7 @@ pub fn set_register(boot: &mut BootRegs, _mode: CpuMode, reg: &RegValue) -> Resu
     let (name, value) = (reg.name.as_str(), reg.value);
     let number = |name: &str, letter| {
         let digits = name.strip_prefix(letter)?;
-        let plain = digits.len() < 3 && (digits == "0" || !digits.starts_with('0'));
-        digits.parse::<usize>().ok().filter(|n| plain && *n < 31)
+        digits.parse::<usize>().ok().filter(|n| *n < 31 && n.to_string() == digits)
     };
     let wide = match name {
         "fp" => Some(29),

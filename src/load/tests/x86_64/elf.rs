@@ -1,7 +1,9 @@
 //! All three steps for ELF programs, and what holds for every format.
 
-use super::samples::{CODE, Elf, Part, Refused, config, multiboot1, multiboot2, part, patch, run, start, tag};
-use super::*;
+use crate::load::tests::samples::{
+    CODE, Elf, Part, Refused, config, multiboot1, multiboot2, part, patch, run, start, tag,
+};
+use crate::load::*;
 
 fn refused(words: &[&str], bytes: &[u8], status: u8, why: &[&str]) {
     let Refused { status: got, text } = run(words, bytes).unwrap_err();

@@ -1,7 +1,7 @@
 //! Both multiboot formats, seen from the kernel that is entered.
 
-use super::multiboot::{Handover, LOADER, memory_map};
-use crate::load::samples::{CODE, Elf, Started, multiboot1, multiboot2, part, patch, run, tag};
+use crate::load::multiboot::{Handover, LOADER, memory_map};
+use crate::load::tests::samples::{CODE, Elf, Started, multiboot1, multiboot2, part, patch, run, tag};
 use crate::memory::Span;
 
 const LOW: Span = Span { start: 0x1000, size: 0x9_f000 };

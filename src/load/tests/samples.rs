@@ -4,10 +4,10 @@ use std::fmt;
 
 use clap::{Args, FromArgMatches};
 
-use super::{Guest, Image, identify, load, settle};
 use crate::arch::{self, BootRegs};
 use crate::config::{Config, Size};
 use crate::error::verdict;
+use crate::load::{Guest, Image, identify, load, settle};
 use crate::memory::Memory;
 
 /// A configuration from command-line words; 4 MiB of RAM unless they say otherwise.

@@ -1,0 +1,5 @@
+//! The guests of the PC.
+
+mod elf;
+mod flat;
+mod multiboot;
