@@ -3,11 +3,58 @@
 //! The examples of `bantam example` and the guests of the whole-machine tests. Each is one block of `global_asm!` in a
 //! read-only section, handed out as the bytes of a file: nothing here ever runs on the host. Invariant: no image holds
 //! a relocation. Addresses in it are differences of its own labels plus the address it is loaded at.
+//!
+//! A guest has the same name on both architectures where it does the same.
 
+/// Assembles `$code` into a read-only section and makes a function `$name` that returns the bytes.
+macro_rules! guest {
+    ($(#[$doc:meta])* $name:ident, $($code:expr),+ $(,)?) => {
+        core::arch::global_asm!(
+            concat!(".pushsection .rodata.guest_", stringify!($name), ", \"a\""),
+            concat!(".globl guest_", stringify!($name), ", guest_", stringify!($name), "_end"),
+            concat!(".hidden guest_", stringify!($name), ", guest_", stringify!($name), "_end"),
+            concat!("guest_", stringify!($name), ":"),
+            $($code,)+
+            concat!("guest_", stringify!($name), "_end:"),
+            ".popsection",
+            // All the assembly of a compilation unit is one text: leave it as it was found.
+            assembler_state!(),
+            options(raw),
+        );
+        $(#[$doc])*
+        pub fn $name() -> &'static [u8] {
+            unsafe extern "C" {
+                #[link_name = concat!("guest_", stringify!($name))]
+                static START: u8;
+                #[link_name = concat!("guest_", stringify!($name), "_end")]
+                static END: u8;
+            }
+            let (start, end) = (&raw const START, &raw const END);
+            // SAFETY: the assembler put both labels into one read-only section, END at or after START, and every byte
+            // between them is initialised.
+            unsafe { core::slice::from_raw_parts(start, end.addr() - start.addr()) }
+        }
+    };
+}
+
+/// A list of guests: name, function, words, description, outcome.
+macro_rules! list {
+    ($(#[$doc:meta])* $list:ident: $($name:literal $image:ident $words:expr, $about:literal, $expect:literal;)+) => {
+        $(#[$doc])*
+        pub(crate) const $list: &[$crate::Guest] = &[$($crate::Guest {
+            name: $name, about: $about, words: &$words, image: $image, expect: $expect,
+        },)+];
+    };
+}
+
+#[cfg(target_arch = "aarch64")]
+#[path = "aarch64/mod.rs"]
+mod arch;
 #[cfg(target_arch = "x86_64")]
-mod x86_64;
-#[cfg(target_arch = "x86_64")]
-pub use x86_64::*;
+#[path = "x86_64/mod.rs"]
+mod arch;
+
+pub use arch::*;
 
 /// A built-in guest.
 #[derive(Debug, Clone, Copy)]
@@ -26,18 +73,12 @@ pub struct Guest {
 
 /// The guests that `bantam example` shows, the simplest first.
 pub fn all() -> &'static [Guest] {
-    #[cfg(target_arch = "x86_64")]
-    return x86_64::EXAMPLES;
-    #[cfg(not(target_arch = "x86_64"))]
-    &[]
+    arch::EXAMPLES
 }
 
 /// The guests that only tests and benchmarks use.
 pub fn tests() -> &'static [Guest] {
-    #[cfg(target_arch = "x86_64")]
-    return x86_64::TESTS;
-    #[cfg(not(target_arch = "x86_64"))]
-    &[]
+    arch::TESTS
 }
 
 /// The guest of that name: an example, or else a test's.

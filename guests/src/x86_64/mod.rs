@@ -5,34 +5,10 @@
 //! `.set guest_text_at, guest_text - guest + 0x1000`, then `offset guest_text_at` for the number and `[guest_text_at]`
 //! for what is stored there.
 
-/// Assembles `$code` into a read-only section and makes a function `$name` that returns the bytes.
-macro_rules! guest {
-    ($(#[$doc:meta])* $name:ident, $($code:expr),+ $(,)?) => {
-        core::arch::global_asm!(
-            concat!(".pushsection .rodata.guest_", stringify!($name), ", \"a\""),
-            concat!(".globl guest_", stringify!($name), ", guest_", stringify!($name), "_end"),
-            concat!(".hidden guest_", stringify!($name), ", guest_", stringify!($name), "_end"),
-            concat!("guest_", stringify!($name), ":"),
-            $($code,)+
-            concat!("guest_", stringify!($name), "_end:"),
-            ".popsection",
-            // All the assembly of a compilation unit is one text: leave it as it was found.
-            ".code64",
-            options(raw),
-        );
-        $(#[$doc])*
-        pub fn $name() -> &'static [u8] {
-            unsafe extern "C" {
-                #[link_name = concat!("guest_", stringify!($name))]
-                static START: u8;
-                #[link_name = concat!("guest_", stringify!($name), "_end")]
-                static END: u8;
-            }
-            let (start, end) = (&raw const START, &raw const END);
-            // SAFETY: the assembler put both labels into one read-only section, END at or after START, and every byte
-            // between them is initialised.
-            unsafe { core::slice::from_raw_parts(start, end.addr() - start.addr()) }
-        }
+/// What the assembler is told after each guest.
+macro_rules! assembler_state {
+    () => {
+        ".code64"
     };
 }
 
@@ -72,8 +48,6 @@ mod smp;
 mod tests;
 mod time;
 
-use crate::Guest;
-
 pub use elf::{elf32, elf64};
 pub use ends::{crash, exit, poweroff, reset};
 pub use first::{add, add_nasm, counter, reader};
@@ -83,15 +57,6 @@ pub use serial::{echo, echo_irq};
 pub use smp::{smp, smp_halt_off, smp_spin};
 pub use tests::{bench::*, machine::*, malice::*};
 pub use time::{clock, timer};
-
-macro_rules! list {
-    ($(#[$doc:meta])* $list:ident: $($name:literal $image:ident $words:expr, $about:literal, $expect:literal;)+) => {
-        $(#[$doc])*
-        pub(crate) const $list: &[Guest] = &[$(Guest {
-            name: $name, about: $about, words: &$words, image: $image, expect: $expect,
-        },)+];
-    };
-}
 
 list! {
     /// What `bantam example` lists.
