@@ -2,10 +2,10 @@
 //!
 //! Each architecture is a module that exports the same names; the rest of Bantam writes `arch::NAME`:
 //!
-//! * facts: `NAME`, `NO_KVM`, `SHUTDOWN`, `MAX_CPUS`, `HALT_EXITS`, `SMP_NEEDS_IRQCHIP`, `FEATURES`, `host_facts`
+//! * facts: `NAME`, `NO_KVM`, `SHUTDOWN`, `MAX_CPUS`, `HALT_EXITS`, `CAN_BE_LOST`, `SMP_NEEDS_IRQCHIP`, `FEATURES`, `host_facts`
 //! * words: `FLAT_MODE`, `ELF64_MODE`, `FLAT_IRQCHIP`, `ASKS_CPUID`, `flat_load`, `elf_mode`, `linear_entry`, `set_register`
 //! * the map: `layout`, `vm_type`
-//! * CPUs: `BootRegs`, `enter`, `CpuState`, `halted_for_good`, `translate`
+//! * CPUs: `BootRegs`, `enter`, `CpuState`, `halted_for_good`, `lost`, `translate`
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

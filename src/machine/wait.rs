@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use super::streams::{Ended, Streams};
 use super::{End, Lent, Life, Machine, Paused, Running};
+use crate::arch;
 use crate::board;
 use crate::event::{Edge, Readiness};
 use crate::host::sys;
@@ -143,6 +144,8 @@ fn signal(life: &Life, streams: &Streams) -> Option<End> {
 /// that has hardly used CPU time since the last look is kicked and looks at itself. (Hardly: a timer that nobody hears
 /// still wakes its thread for some microseconds.) One that has used none since its answer is left alone.
 ///
+/// Where a guest can be lost without an exit, busy CPUs look at themselves too, five times a second.
+///
 /// An answer may be old news by the time the last CPU gives its own; so when all say "for good", all are asked again,
 /// and only the second round counts.
 struct Watch<'a> {
@@ -157,6 +160,7 @@ struct Watch<'a> {
 
 struct Watched<'a> {
     lent: &'a Lent,
+    asked: Instant,
     used: Option<Duration>,
     state: Seen,
 }
@@ -170,8 +174,9 @@ enum Seen {
 
 impl<'a> Watch<'a> {
     fn new(machine: &'a Machine<Running>, pause: Duration) -> Self {
-        let cpus = machine.state.cpus.iter().map(|lent| Watched { lent, used: None, state: Seen::Busy }).collect();
         let now = Instant::now();
+        let watched = |lent| Watched { lent, asked: now, used: None, state: Seen::Busy };
+        let cpus = machine.state.cpus.iter().map(watched).collect();
         let next = machine.halts_in_kvm().then(|| now + pause);
         Self { cpus, next, pause, last: now, confirming: false }
     }
@@ -209,6 +214,7 @@ impl Watched<'_> {
     fn ask(&mut self) {
         self.lent.flag.look();
         self.lent.worker.kick();
+        self.asked = Instant::now();
         self.state = Seen::Asked;
     }
 
@@ -223,6 +229,7 @@ impl Watched<'_> {
             (Seen::Asked, seen) => self.state = Seen::Is(seen),
             (Seen::Is(_), _) if spent.is_zero() => {}
             _ if spent < since / IDLE_SHARE => self.ask(),
+            _ if arch::CAN_BE_LOST && self.asked.elapsed() >= LAST_LOOK => self.ask(),
             _ => self.state = Seen::Busy,
         }
     }

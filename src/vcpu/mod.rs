@@ -103,8 +103,10 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
 /// Runs a CPU until something ends it. With `trace::Off` there is nothing here but what is written.
 pub fn run_loop(vcpu: &mut Vcpu, buses: &Buses, flag: &Flag, trace: &mut impl Trace) -> Stop {
     loop {
-        if flag.is_raised() && flag.answer(vcpu) {
-            return Stop::Asked;
+        if flag.is_raised()
+            && let Some(stop) = flag.answer(vcpu)
+        {
+            return stop;
         }
         trace.enter();
         let mut exit = vcpu.run();
@@ -124,11 +126,16 @@ pub fn run_loop(vcpu: &mut Vcpu, buses: &Buses, flag: &Flag, trace: &mut impl Tr
 pub struct Flag {
     request: AtomicU32,
     idle: AtomicU8,
+    /// Looks in a row that found the guest lost.
+    lost: AtomicU8,
     /// Exits that all CPUs together may still make.
     left: Option<Arc<AtomicU64>>,
     /// The thread that runs the vCPU; 0 before it does.
     thread: AtomicU32,
 }
+
+/// A look may meet a guest that recovers; so many in a row do not.
+const LOST: u8 = 3;
 
 const STOP: u32 = 1;
 const LOOK: u32 = 2;
@@ -148,7 +155,13 @@ pub enum Idle {
 impl Flag {
     /// A flag for one CPU; all of a machine share what is left of `--max-exits`, if there is a limit.
     pub fn new(left: Option<Arc<AtomicU64>>) -> Arc<Self> {
-        Arc::new(Self { request: AtomicU32::new(0), idle: AtomicU8::new(0), left, thread: AtomicU32::new(0) })
+        Arc::new(Self {
+            request: AtomicU32::new(0),
+            idle: AtomicU8::new(0),
+            lost: AtomicU8::new(0),
+            left,
+            thread: AtomicU32::new(0),
+        })
     }
 
     /// Asks the vCPU to stop.
@@ -180,14 +193,22 @@ impl Flag {
         self.request.load(Ordering::Relaxed) != 0
     }
 
-    /// Answers the requests; true for "stop".
-    fn answer(&self, vcpu: &Vcpu) -> bool {
+    /// Answers the requests; a stop where one was asked for, or where the guest turns out to be lost.
+    fn answer(&self, vcpu: &Vcpu) -> Option<Stop> {
         let request = self.request.fetch_and(!LOOK, Ordering::SeqCst);
-        if request & LOOK != 0 {
-            let idle = if arch::halted_for_good(&vcpu.fd) { Idle::ForGood } else { Idle::No };
-            self.idle.store(idle as u8, Ordering::SeqCst);
+        if request & STOP != 0 {
+            return Some(Stop::Asked);
         }
-        request & STOP != 0
+        if request & LOOK == 0 {
+            return None;
+        }
+        let idle = if arch::halted_for_good(&vcpu.fd) { Idle::ForGood } else { Idle::No };
+        let lost = arch::lost(&vcpu.fd);
+        let looks = if lost.is_some() { self.lost.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
+        self.lost.store(looks, Ordering::Relaxed);
+        self.idle.store(if lost.is_some() { Idle::No } else { idle } as u8, Ordering::SeqCst);
+        let detail = lost.filter(|_| looks >= LOST)?;
+        Some(Stop::Died(FaultInfo { name: "an exception without end".into(), detail, bytes: Vec::new() }))
     }
 
     /// Takes one exit off the limit; true when that was the last.

@@ -13,7 +13,7 @@ pub use entry::{elf_mode, enter, flat_load, linear_entry};
 pub use features::{FEATURES, host_facts};
 pub use layout::{layout, vm_type};
 pub use registers::{mpidr, set_register};
-pub use state::{CpuState, WAIT, Waiting, halted_for_good, translate, waiting};
+pub use state::{CpuState, Waiting, halted_for_good, lost, translate, waiting};
 
 use crate::config::{CpuMode, IrqChip};
 
@@ -28,6 +28,8 @@ pub const SHUTDOWN: &str = "the CPU shut down";
 pub const MAX_CPUS: usize = 123;
 /// WFI never exits.
 pub const HALT_EXITS: bool = false;
+/// A guest can be lost without an exit: see [`lost`].
+pub const CAN_BE_LOST: bool = true;
 /// CPUs are started by PSCI, whatever the interrupt controller.
 pub const SMP_NEEDS_IRQCHIP: bool = false;
 

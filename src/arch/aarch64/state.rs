@@ -14,7 +14,7 @@ use super::registers::{
 use crate::memory::Memory;
 
 /// The instruction WFI (Arm ARM C6.2.471).
-pub const WAIT: u32 = 0xd503_207f;
+const WAIT: u32 = 0xd503_207f;
 
 /// The registers that a report shows.
 #[derive(Debug, Clone, PartialEq)]
@@ -141,6 +141,23 @@ fn is_off(fd: &VcpuFd) -> bool {
 /// all CPUs have stopped.
 pub fn halted_for_good(fd: &VcpuFd) -> bool {
     is_off(fd) || !timer_armed(fd)
+}
+
+/// Where the CPU is lost, if it is: its exception handler's first instruction takes an exception itself, to itself, and so
+/// on without end. It is what a triple fault is on a PC; KVM does not tell. Mostly nobody has set VBAR_EL1, or the stack
+/// is gone.
+pub fn lost(fd: &VcpuFd) -> Option<String> {
+    let get = |id| get(fd, id).ok();
+    let (pc, esr) = (get(PC)?, get(ESR_EL1)?);
+    // Arm ARM D1.3.1.3: synchronous exceptions from EL1 itself, with SP_EL0 and with SP_EL1.
+    let vectors = [0, 0x200].map(|offset| get(VBAR_EL1).map(|base| base.wrapping_add(offset)));
+    if get(ELR_EL1)? != pc || !vectors.contains(&Some(pc)) {
+        return None;
+    }
+    let what = exception(esr).unwrap_or("exception");
+    Some(format!(
+        "the first instruction of its exception handler, at {pc:#x}, takes an exception itself ({what}), for ever"
+    ))
 }
 
 /// What a stopped CPU was doing.

@@ -14,7 +14,7 @@ pub use entry::{elf_mode, enter, flat_load, linear_entry};
 pub use features::{FEATURES, host_facts};
 pub use layout::{layout, vm_type};
 pub use registers::set_register;
-pub use state::{CpuState, halted_for_good, translate};
+pub use state::{CpuState, halted_for_good, lost, translate};
 
 use crate::config::{CpuMode, IrqChip};
 
@@ -28,6 +28,8 @@ pub const SHUTDOWN: &str = "triple fault: an exception while the CPU was reporti
 pub const MAX_CPUS: usize = 255;
 /// A halt exits where the interrupt controllers are not in KVM.
 pub const HALT_EXITS: bool = true;
+/// A guest that is lost shuts its CPU down, which exits.
+pub const CAN_BE_LOST: bool = false;
 /// CPUs are started through local APICs, so several need interrupt controllers.
 pub const SMP_NEEDS_IRQCHIP: bool = true;
 

@@ -90,6 +90,11 @@ pub fn translate(fd: &VcpuFd, _memory: &Memory, linear: u64) -> Option<u64> {
     fd.translate_gva(linear).ok().filter(|t| t.valid != 0).map(|t| t.physical_address)
 }
 
+/// A CPU of a PC that has lost its way shuts down.
+pub fn lost(_fd: &VcpuFd) -> Option<String> {
+    None
+}
+
 /// The CPU would take a maskable interrupt.
 fn interrupts_on(fd: &VcpuFd) -> bool {
     fd.get_regs().is_ok_and(|regs| regs.rflags & INTERRUPTS != 0)

@@ -112,6 +112,7 @@ fn interrupts(tree: &mut FdtWriter, config: &Config) -> Result<()> {
     tree.property_string("compatible", compatible)?;
     tree.property_null("interrupt-controller")?;
     tree.property_u32("#interrupt-cells", 3)?;
+    tree.property_u32("#address-cells", 0)?;
     tree.property_array_u64("reg", &[GIC_DISTRIBUTOR, GIC_DISTRIBUTOR_SIZE, start, size])?;
     tree.property_u32("phandle", GIC)?;
     tree.end_node(node)?;
