@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::output::Bell;
 
@@ -20,6 +20,8 @@ const LOW: usize = CAPACITY / 2;
 pub struct Input {
     queue: Mutex<VecDeque<u8>>,
     bell: Bell,
+    /// Rings at a device that nobody else tells of input.
+    device: OnceLock<Bell>,
     /// The queue may hold something.
     filled: AtomicBool,
     wanted: AtomicBool,
@@ -33,19 +35,34 @@ impl Input {
     pub fn new(bell: Bell) -> Arc<Self> {
         let no = || AtomicBool::new(false);
         let queue = Mutex::new(VecDeque::with_capacity(CAPACITY));
-        Arc::new(Self { queue, bell, filled: no(), wanted: no(), used: no(), paused: no(), ended: no() })
+        let device = OnceLock::new();
+        Arc::new(Self { queue, bell, device, filled: no(), wanted: no(), used: no(), paused: no(), ended: no() })
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next byte for the guest. The first call starts the reading.
-    pub fn get(&self) -> Option<u8> {
+    /// From now on `bell` rings when there is input.
+    pub fn tell(&self, bell: Bell) {
+        let _ = self.device.set(bell);
+    }
+
+    /// There are bytes for the guest. The first call starts the reading.
+    pub fn waiting(&self) -> bool {
+        self.want();
+        self.filled.load(Ordering::Acquire)
+    }
+
+    fn want(&self) {
         if !self.wanted.load(Ordering::Relaxed) && !self.wanted.swap(true, Ordering::SeqCst) {
             self.bell.ring();
         }
-        if !self.filled.load(Ordering::Acquire) {
+    }
+
+    /// The next byte for the guest. The first call starts the reading.
+    pub fn get(&self) -> Option<u8> {
+        if !self.waiting() {
             return None;
         }
         let mut queue = self.lock();
@@ -92,6 +109,10 @@ impl Input {
         let room = CAPACITY.saturating_sub(queue.len());
         queue.extend(bytes.iter().take(room));
         self.filled.store(!queue.is_empty(), Ordering::Release);
+        drop(queue);
+        if let Some(device) = self.device.get() {
+            device.ring();
+        }
     }
 
     /// The sender has ended.
@@ -110,6 +131,8 @@ impl Input {
 pub enum Key {
     /// Leave.
     Quit,
+    /// Show what the machine is doing.
+    Report,
     /// Show the keys.
     Help,
 }
@@ -124,8 +147,7 @@ pub struct Keys {
 const ESCAPE: u8 = 1;
 
 /// The keys, for `ctrl-a h`.
-pub const HELP: &str =
-    "keys: ctrl-a x  leave\n      ctrl-a h  this help\n      ctrl-a ctrl-a  send ctrl-a to the guest";
+pub const HELP: &str = "keys: ctrl-a x  leave\n      ctrl-a r  report: registers, page walks, instructions\n      ctrl-a h  this help\n      ctrl-a ctrl-a  send ctrl-a to the guest";
 
 impl Keys {
     /// Moves what is for the guest into `guest`, and gives what is for Bantam.
@@ -135,6 +157,7 @@ impl Keys {
             match (std::mem::take(&mut self.escaped), byte) {
                 (false, ESCAPE) => self.escaped = true,
                 (true, b'x' | b'X') => keys.push(Key::Quit),
+                (true, b'r' | b'R') => keys.push(Key::Report),
                 (true, b'h' | b'H' | b'?') => keys.push(Key::Help),
                 (true, ESCAPE) => guest.push(ESCAPE),
                 // Not a key of ours: the guest gets what was typed.
@@ -155,7 +178,7 @@ mod tests {
         let mut keys = Keys::default();
         let mut guest = Vec::new();
         assert_eq!(keys.sort(b"ab\x01", &mut guest), []);
-        assert_eq!(keys.sort(b"xc\x01h\x01\x01\x01z", &mut guest), [Key::Quit, Key::Help]);
+        assert_eq!(keys.sort(b"xc\x01h\x01r\x01\x01\x01z", &mut guest), [Key::Quit, Key::Help, Key::Report]);
         assert_eq!(guest, b"abc\x01\x01z");
     }
 

@@ -2,9 +2,11 @@
 
 #[cfg(debug_assertions)]
 pub mod fault;
+pub mod file;
 pub mod input;
 pub mod output;
 pub mod say;
+pub mod socket;
 pub mod sys;
 pub mod terminal;
 

@@ -50,6 +50,14 @@ impl AsFd for Bell {
     }
 }
 
+/// Somebody who does not wait here, but wants to know when there is room again.
+struct Waiter {
+    bell: Bell,
+    since: Instant,
+    /// What had been written by then.
+    moved: u64,
+}
+
 #[derive(Default)]
 struct State {
     bytes: VecDeque<u8>,
@@ -57,6 +65,8 @@ struct State {
     armed: bool,
     /// It has been asked to write at once.
     urgent: bool,
+    /// Who was told that there is no room.
+    waiter: Option<Waiter>,
     /// The reader has not moved for [`PATIENCE`].
     stuck: bool,
     /// The machine is ending: no one waits any more.
@@ -87,29 +97,72 @@ pub struct Output(Arc<Shared>);
 impl Output {
     /// Takes one byte; waits for room, with bounds, where there is none.
     pub fn push(&self, byte: u8) {
+        self.push_all(&[byte]);
+    }
+
+    /// Takes bytes; the same.
+    pub fn push_all(&self, mut bytes: &[u8]) {
         let mut state = self.0.lock();
-        if state.bytes.len() >= CAPACITY {
-            state = self.wait_for_room(state);
+        let mut ring = false;
+        while !bytes.is_empty() {
+            let mut most = CAPACITY;
             if state.bytes.len() >= CAPACITY {
-                state.lost += 1;
-                return;
+                state = self.wait_for_room(state);
+                // While a machine is stopped its CPUs wait for nobody, and what they still have to say is kept.
+                most = if state.released && !state.stuck { 2 * CAPACITY } else { CAPACITY };
             }
-        }
-        state.bytes.push_back(byte);
-        let urgent = self.0.by_line && byte == b'\n' && !state.urgent;
-        if urgent || !state.armed {
+            let room = most.saturating_sub(state.bytes.len());
+            if room == 0 {
+                state.lost += bytes.len() as u64;
+                break;
+            }
+            let (first, rest) = bytes.split_at(room.min(bytes.len()));
+            state.bytes.extend(first);
+            let urgent = self.0.by_line && first.contains(&b'\n') && !state.urgent;
+            ring |= urgent || !state.armed;
             state.armed = true;
             state.urgent |= urgent;
-            drop(state);
+            bytes = rest;
+        }
+        drop(state);
+        if ring {
             self.0.bell.ring();
         }
     }
 
-    /// Takes bytes.
-    pub fn push_all(&self, bytes: &[u8]) {
-        for byte in bytes {
-            self.push(*byte);
+    /// Takes as many of the bytes as there is room for, and never waits; gives how many. Where that is not all, `bell`
+    /// rings when it is worth another try: there is room, or the reader has not moved for so long that bytes are dropped
+    /// and counted.
+    pub fn offer(&self, bytes: &[u8], bell: &Bell) -> usize {
+        let mut state = self.0.lock();
+        // What a CPU still has to say while its machine stops has room too.
+        let most = if state.released && !state.stuck { 2 * CAPACITY } else { CAPACITY };
+        let room = most.saturating_sub(state.bytes.len());
+        if room == 0 && state.stuck {
+            state.lost += bytes.len() as u64;
+            return bytes.len();
         }
+        let first = bytes.get(..room).unwrap_or(bytes);
+        state.bytes.extend(first);
+        let full = first.len() < bytes.len();
+        let urgent = !state.urgent && (full || self.0.by_line && first.contains(&b'\n'));
+        let ring = urgent || !state.armed && !bytes.is_empty();
+        state.armed |= !bytes.is_empty();
+        state.urgent |= urgent;
+        if full && state.waiter.is_none() {
+            let (since, moved) = (Instant::now(), state.moved);
+            state.waiter = Some(Waiter { bell: bell.clone(), since, moved });
+        }
+        drop(state);
+        if ring {
+            self.0.bell.ring();
+        }
+        first.len()
+    }
+
+    /// Bytes were given up before they came here.
+    pub fn lose(&self, count: u64) {
+        self.0.lock().lost += count;
     }
 
     fn wait_for_room<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -269,6 +322,29 @@ impl Flusher {
     /// Writes what was waiting when it was called, as far as that is possible without blocking. (Not what comes in the
     /// meantime: a steady writer's bytes would leave one by one.)
     pub fn flush(&mut self) -> Left {
+        let left = self.flush_once();
+        self.tell_waiter();
+        left
+    }
+
+    /// Rings at who waits for room, if there is some or will be none.
+    fn tell_waiter(&self) {
+        let mut guard = self.shared.lock();
+        let state = &mut *guard;
+        let Some(waiter) = &mut state.waiter else { return };
+        let full = state.bytes.len() >= CAPACITY;
+        if full && state.moved != waiter.moved {
+            (waiter.since, waiter.moved) = (Instant::now(), state.moved);
+        }
+        state.stuck |= full && waiter.since.elapsed() >= PATIENCE;
+        if (!full || state.stuck)
+            && let Some(waiter) = state.waiter.take()
+        {
+            waiter.bell.ring();
+        }
+    }
+
+    fn flush_once(&mut self) -> Left {
         if !self.write_taken() {
             return Left::Waiting;
         }
@@ -410,6 +486,60 @@ mod tests {
         let _both = output(Some(write), Bell::new().unwrap()).unwrap();
         assert!(!rustix::fs::fcntl_getfl(&keep).unwrap().contains(OFlags::NONBLOCK));
         drop(read);
+    }
+
+    #[test]
+    fn what_a_cpu_says_while_its_machine_stops_is_kept_within_bounds() {
+        let (_read, output, _flusher) = pipe();
+        output.release();
+        let kept_and_lost = || {
+            let state = output.0.lock();
+            (state.bytes.len(), state.lost)
+        };
+        output.push_all(&vec![0; CAPACITY + 100]);
+        assert_eq!(kept_and_lost(), (CAPACITY + 100, 0));
+        output.push_all(&vec![0; CAPACITY]);
+        assert_eq!(kept_and_lost(), (2 * CAPACITY, 100));
+    }
+
+    #[test]
+    fn who_does_not_wait_hears_of_room_and_of_a_reader_that_never_reads() {
+        let (mut read, output, mut flusher) = pipe();
+        let bell = Bell::new().unwrap();
+        let heard = || rustix::io::read(&bell, &mut [0; 8]).is_ok();
+        let all: Vec<u8> = (0..4 * CAPACITY).map(|at| (at % 251) as u8).collect();
+        let (mut done, mut got) = (0, Vec::new());
+        while done < all.len() {
+            done += output.offer(&all[done..], &bell);
+            if done < all.len() {
+                assert!(!heard() && output.offer(&all[done..], &bell) == 0);
+                while !heard() {
+                    flusher.flush();
+                    let mut bytes = [0; 4096];
+                    let count = read.read(&mut bytes).unwrap();
+                    got.extend_from_slice(&bytes[..count]);
+                }
+            }
+        }
+        while got.len() < all.len() {
+            flusher.flush();
+            let mut bytes = [0; 4096];
+            let count = read.read(&mut bytes).unwrap();
+            got.extend_from_slice(&bytes[..count]);
+        }
+        assert!(got == all && flusher.finish(Duration::ZERO) == (0, false));
+        // Now nobody reads.
+        let start = Instant::now();
+        while output.offer(b"x", &bell) == 1 {
+            flusher.flush();
+        }
+        while !heard() {
+            flusher.flush();
+            std::thread::sleep(DELAY);
+        }
+        assert!(start.elapsed() >= PATIENCE);
+        assert_eq!(output.offer(b"lost", &bell), 4);
+        assert!(flusher.finish(Duration::ZERO).0 >= 4);
     }
 
     #[test]

@@ -44,3 +44,9 @@ pub fn restore() {
         let _ = tcsetattr(stdin(), OptionalActions::Now, before);
     }
 }
+
+/// Columns and rows of the terminal on stdout, where there is one.
+pub fn size() -> Option<[u16; 2]> {
+    let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;
+    Some([size.ws_col, size.ws_row])
+}

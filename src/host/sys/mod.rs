@@ -5,23 +5,44 @@
 
 #![allow(unsafe_code)]
 
+pub mod tap;
+
 use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub mod disk;
+pub mod room;
+pub mod uring;
 
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU that this thread runs.
     static IMMEDIATE_EXIT: Cell<*const AtomicU8> = const { Cell::new(ptr::null()) };
 }
 
-/// The signal that kicks a vCPU thread out of KVM_RUN.
-fn kick_signal() -> i32 {
-    libc::SIGRTMIN()
+/// The descriptor of an eventfd, which its crate does not lend safely.
+pub fn fd_of(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd owns the descriptor and stays borrowed as long as the result lives.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
+
+/// An eventfd that never blocks, and that no program started by this process gets.
+///
+/// # Errors
+/// The host has no descriptor left.
+pub fn eventfd() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+/// The signal that kicks a vCPU thread out of KVM_RUN. Not a real-time one: those queue, and the kernel refuses one that finds
+/// its user's queue full (RLIMIT_SIGPENDING); then no CPU could be stopped.
+const KICK: i32 = libc::SIGURG;
 
 fn check(result: i32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -46,15 +67,22 @@ extern "C" fn on_kick(_signal: i32) {
     }
 }
 
-/// Makes a kick harmless to a thread that runs no vCPU. Call before any thread is started that may be kicked: the
-/// signal would end the process.
+/// Makes a kick heard. Call before any thread is started that may be kicked: it would be lost.
 ///
 /// # Errors
 /// The host refuses the signal handler.
 pub fn handle_kicks() -> io::Result<()> {
-    handle(kick_signal(), on_kick, 0)?;
+    handle(KICK, on_kick, 0)?;
     // A parent may have left it blocked; then no CPU could be stopped.
-    mask(libc::SIG_UNBLOCK, &set_of(&[kick_signal()]))
+    mask(libc::SIG_UNBLOCK, &set_of(&[KICK]))
+}
+
+/// The process may map so much and no more (RLIMIT_AS).
+pub fn address_space_is_limited() -> bool {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the call writes to `limit` only.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) } == 0;
+    known && limit.rlim_cur != libc::RLIM_INFINITY
 }
 
 /// Makes kicks of the calling thread set `immediate_exit`, the byte in `kvm_run`.
@@ -70,10 +98,12 @@ pub fn forget_kicks() {
     IMMEDIATE_EXIT.set(ptr::null());
 }
 
-/// Kicks a thread that has not been joined.
-pub fn kick(thread: libc::pthread_t) {
-    // SAFETY: the caller holds the join handle, so the id is valid; an error means that the thread has ended.
-    unsafe { libc::pthread_kill(thread, kick_signal()) };
+/// Kicks a thread that has not been joined; false where the host refuses.
+pub fn kick(thread: libc::pthread_t) -> bool {
+    // SAFETY: the caller holds the join handle, so the id is valid.
+    let error = unsafe { libc::pthread_kill(thread, KICK) };
+    // One that has ended needs none.
+    matches!(error, 0 | libc::ESRCH)
 }
 
 /// The calling thread's id, for [`thread_cpu_time`].
@@ -97,15 +127,33 @@ pub fn thread_cpu_time(thread: i32) -> Option<Duration> {
     Some(Duration::new(u64::try_from(time.tv_sec).ok()?, u32::try_from(time.tv_nsec).ok()?))
 }
 
-/// The signals that end a machine, and the two that stop the process for a while and let it go on.
-const CONTROL: [i32; 6] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT];
+/// The monotonic clock in nanoseconds. The kernel's page of code answers; no system call is made.
+pub fn monotonic() -> u64 {
+    let mut time = MaybeUninit::<libc::timespec>::uninit();
+    // SAFETY: `time` is writable; this clock exists everywhere, so the call fills it.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, time.as_mut_ptr()) };
+    // SAFETY: the call above has filled it.
+    let time = unsafe { time.assume_init() };
+    time.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.unsigned_abs())
+}
+
+/// The signals that end a machine, the two that stop the process for a while and let it go on, and the one that says that
+/// the terminal has another size.
+const CONTROL: [i32; 7] =
+    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
 
 /// The terminal's "stop".
 pub const SIGTSTP: i32 = libc::SIGTSTP;
 /// The process goes on.
 pub const SIGCONT: i32 = libc::SIGCONT;
+/// The terminal has another size.
+pub const SIGWINCH: i32 = libc::SIGWINCH;
+/// "Show your statistics", where there are any.
+pub const SIGUSR1: i32 = libc::SIGUSR1;
 /// What ctrl-c sends.
 pub const SIGINT: i32 = libc::SIGINT;
+/// The signal that asks to end.
+pub const SIGTERM: i32 = libc::SIGTERM;
 
 fn set_of(signals: &[i32]) -> libc::sigset_t {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
@@ -136,12 +184,12 @@ fn is_ignored(signal: i32) -> bool {
     result == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
-/// Turns the control signals of this process into readable events. Call before any thread is started.
+/// Turns the control signals of this process, and `more`, into readable events. Call before any thread is started.
 ///
 /// # Errors
 /// The host has no descriptor left.
-pub fn control_signals() -> io::Result<OwnedFd> {
-    let ours: Vec<i32> = CONTROL.into_iter().filter(|signal| !is_ignored(*signal)).collect();
+pub fn control_signals(more: Option<i32>) -> io::Result<OwnedFd> {
+    let ours: Vec<i32> = CONTROL.into_iter().filter(|signal| !is_ignored(*signal)).chain(more).collect();
     let set = set_of(&ours);
     mask(libc::SIG_BLOCK, &set)?;
     // SAFETY: the set is valid for the call.
@@ -153,14 +201,21 @@ pub fn control_signals() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The number of a signal as `read` from [`control_signals`]: the first word of `signalfd_siginfo`.
-pub fn signal_number(info: &[u8]) -> Option<i32> {
-    let word = info.first_chunk::<4>()?;
-    (info.len() >= size_of::<libc::signalfd_siginfo>()).then(|| i32::from_ne_bytes(*word))
+/// The next signal of [`control_signals`] that has come, if any.
+pub fn next_signal(signals: &OwnedFd) -> Option<i32> {
+    let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+    let count = rustix::io::read(signals, &mut info).ok()?;
+    // Its number is the first word of `signalfd_siginfo`.
+    (count == info.len()).then(|| info.first_chunk().copied().map(i32::from_ne_bytes))?
 }
 
-/// Bytes of one [`control_signals`] record.
-pub const SIGNAL_INFO: usize = size_of::<libc::signalfd_siginfo>();
+/// Keeps a signal waiting until [`control_signals`] asks for it.
+///
+/// # Errors
+/// The host refuses.
+pub fn hold(signal: i32) -> io::Result<()> {
+    mask(libc::SIG_BLOCK, &set_of(&[signal]))
+}
 
 /// Stops this process as SIGTSTP would, until it is continued.
 pub fn stop_self() {
@@ -170,7 +225,7 @@ pub fn stop_self() {
 
 /// A signal that means a bug or the host's doing: put the terminal back, say so, end with 128 + n.
 extern "C" fn on_fatal(signal: i32) {
-    super::terminal::restore();
+    crate::host::terminal::restore();
     let mut line = *b"bantam: killed by signal 00\n";
     let digits = line.len() - 3;
     line[digits] += u8::try_from(signal / 10 % 10).unwrap_or(0);
@@ -240,7 +295,8 @@ mod tests {
         assert_eq!(thread_cpu_time(id), Some(first));
         drop(end);
         thread.join().unwrap();
-        assert_eq!(thread_cpu_time(id), None);
+        // The kernel wakes who joins before it has forgotten the thread.
+        while thread_cpu_time(id).is_some() {}
     }
 
     #[test]

@@ -5,23 +5,32 @@
 
 #![allow(unsafe_code)]
 
+mod routes;
+mod shown;
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr, kvm_msi, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
+use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::routes::Routes;
+use self::routes::message;
+pub use self::shown::Shown;
 use crate::error::{Refusal, refuse};
+use crate::explain::{call, tell};
+use crate::host::sys::eventfd;
 use crate::irq::IrqLine;
 use crate::memory::Memory;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Late, Vcpu};
 
 /// How often an interrupted KVM_CREATE_VM is tried again.
 const TRIES: u32 = 5;
@@ -48,13 +57,19 @@ pub fn kvm() -> Result<&'static Kvm> {
 }
 
 fn open() -> Result<Kvm> {
-    let kvm = Kvm::new().map_err(|e| cannot_open(&e.into()))?;
-    let version = kvm.get_api_version();
+    let open =
+        "The kernel's hypervisor is a device. Every other call is made on this descriptor, or on one that it leads to.";
+    let kvm = call("open", || (DEV_KVM.into(), open), Kvm::new).map_err(|e| cannot_open(&e.into()))?;
+    let version = "12 since Linux 2.6.22, and for good: new things are capabilities, asked for one by one.";
+    let ask = || Ok::<_, kvm_ioctls::Error>(kvm.get_api_version());
+    let version = call("KVM_GET_API_VERSION", || (String::new(), version), ask).unwrap_or(0);
     if version != KVM_API_VERSION.cast_signed() {
         return Err(refuse(format!("{DEV_KVM} has API version {version}, Bantam needs {KVM_API_VERSION}")).into());
     }
     for (cap, name) in REQUIRED {
-        if !kvm.check_extension(cap) {
+        let why = "What no machine of Bantam's can do without.";
+        let there = || Ok::<_, kvm_ioctls::Error>(kvm.check_extension(cap));
+        if !call("KVM_CHECK_EXTENSION", || (name.into(), why), there).unwrap_or(false) {
             return Err(refuse(format!("{DEV_KVM} lacks {name}")).hint("`bantam check` lists what is there").into());
         }
     }
@@ -91,6 +106,10 @@ fn permission_hint() -> Option<String> {
 /// One virtual machine.
 pub struct Vm {
     fd: Arc<VmFd>,
+    routes: Arc<Routes>,
+    /// Some writes come late, and the ring that they come in.
+    postpones: AtomicBool,
+    late: OnceLock<Arc<Late>>,
 }
 
 impl Vm {
@@ -102,8 +121,13 @@ impl Vm {
         let kvm = kvm()?;
         let mut tries = 0;
         loop {
-            match kvm.create_vm_with_type(kind) {
-                Ok(fd) => return Ok(Self { fd: Arc::new(fd) }),
+            let why = "A machine, with no memory, no CPU and no device yet; its descriptor takes the calls that give it those.";
+            match call("KVM_CREATE_VM", || (format!("type {kind}"), why), || kvm.create_vm_with_type(kind)) {
+                Ok(fd) => {
+                    let fd = Arc::new(fd);
+                    let routes = Routes::new(fd.clone());
+                    return Ok(Self { fd, routes, postpones: AtomicBool::new(false), late: OnceLock::new() });
+                }
                 Err(e) if e.errno() == libc::EINTR && tries < TRIES => {
                     tries += 1;
                     std::thread::sleep(Duration::from_millis(1 << tries));
@@ -129,8 +153,18 @@ impl Vm {
         });
         for (slot, (guest_phys_addr, userspace_addr, memory_size)) in (0u32..).zip(pieces) {
             let region = kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr, memory_size, userspace_addr };
+            let why =
+                "The guest's RAM is memory of this process: KVM maps guest-physical addresses to it. All else exits.";
+            let fields = || {
+                let host = format!("userspace_addr {userspace_addr:#x}");
+                (
+                    format!("slot {slot}, guest_phys_addr {guest_phys_addr:#x}, memory_size {memory_size:#x}, {host}"),
+                    why,
+                )
+            };
             // SAFETY: `memory` keeps the mapping; the machine keeps a clone of `memory` as long as its vCPUs exist.
-            unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from).with_context(|| {
+            let set = || unsafe { self.fd.set_user_memory_region(region) };
+            call("KVM_SET_USER_MEMORY_REGION", fields, set).map_err(io::Error::from).with_context(|| {
                 format!("KVM_SET_USER_MEMORY_REGION: {memory_size:#x} bytes at {guest_phys_addr:#x}")
             })?;
         }
@@ -142,8 +176,11 @@ impl Vm {
     /// # Errors
     /// No descriptor is left, or KVM refuses the irqfd.
     pub fn line(&self, gsi: u32) -> Result<Box<dyn IrqLine>> {
-        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).context("eventfd for an interrupt")?;
-        self.fd.register_irqfd(&event, gsi).with_context(|| format!("KVM_IRQFD {gsi}"))?;
+        let event = eventfd().context("eventfd for an interrupt")?;
+        let why = "A write to this eventfd raises the interrupt, from any thread, without a call into KVM's machine.";
+        let fields = || (format!("gsi {gsi}, fd {}", event.as_raw_fd()), why);
+        call("KVM_IRQFD", fields, || self.fd.register_irqfd(&event, gsi))
+            .with_context(|| format!("KVM_IRQFD {gsi}"))?;
         Ok(Box::new(KernelLine { vm: self.fd.clone(), event, gsi }))
     }
 
@@ -166,13 +203,75 @@ impl Vm {
     /// # Errors
     /// KVM refuses it.
     pub fn vcpu(&self, id: u32) -> Result<Vcpu> {
-        let fd = self
-            .fd
-            .create_vcpu(u64::from(id))
+        let why =
+            "A CPU. Its descriptor takes the calls on registers, and KVM_RUN; a thread of ours lends it its time.";
+        let fd = call("KVM_CREATE_VCPU", || (format!("id {id}"), why), || self.fd.create_vcpu(u64::from(id)))
             .map_err(io::Error::from)
             .with_context(|| format!("KVM_CREATE_VCPU {id}"))?;
-        Ok(Vcpu::new(fd, id, self.fd.run_size()))
+        let size = self.fd.run_size();
+        let why = "A page shared with KVM: why KVM_RUN returned, and the data of port and memory accesses.";
+        tell("mmap kvm_run", || format!("{size} bytes (KVM_GET_VCPU_MMAP_SIZE)"), why);
+        let late = self.postpones.load(Ordering::Relaxed).then(|| self.late(&fd)).transpose()?;
+        Ok(Vcpu::new(fd, id, size, late))
     }
+
+    /// Lets a write of a byte to a port come with the CPU's next exit, instead of being one. Before there are vCPUs.
+    pub fn postpone(&self, port: u64) {
+        // An older KVM would take the port for an address in memory.
+        if !kvm().is_ok_and(|kvm| kvm.check_extension(Cap::CoalescedPio)) {
+            return;
+        }
+        let why =
+            "A write there does nothing by itself. KVM keeps it, and Bantam carries it out at the CPU's next exit.";
+        let fields = || (format!("port {port:#x}, 1 byte"), why);
+        let set = || self.fd.register_coalesced_mmio(IoEventAddress::Pio(port), 1);
+        if call("KVM_REGISTER_COALESCED_MMIO", fields, set).is_ok() {
+            self.postpones.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The one ring of all vCPUs; `fd` is one of them.
+    fn late(&self, fd: &VcpuFd) -> Result<Arc<Late>> {
+        if let Some(late) = self.late.get() {
+            return Ok(late.clone());
+        }
+        let late = Late::new(fd).context("the ring of late writes")?;
+        tell("mmap ring", || "1 page".into(), "The writes that KVM keeps; one page of a machine, reached by any CPU.");
+        Ok(self.late.get_or_init(|| Arc::new(late)).clone())
+    }
+}
+
+/// The wire from an I/O APIC of Bantam's to the local APICs in KVM.
+pub struct KernelMessages {
+    vm: Arc<VmFd>,
+    routes: Arc<Routes>,
+}
+
+impl Vm {
+    /// A wire to the local APICs in KVM.
+    pub fn messages(&self) -> KernelMessages {
+        KernelMessages { vm: self.fd.clone(), routes: self.routes.clone() }
+    }
+}
+
+impl KernelMessages {
+    /// Sends a message to local APICs; false where none took it.
+    pub fn send(&self, address: u64, data: u32) -> bool {
+        let [low, high] = halves(address);
+        self.vm
+            .signal_msi(kvm_msi { address_lo: low, address_hi: high, data, ..Default::default() })
+            .is_ok_and(|taken| taken > 0)
+    }
+
+    /// Has KVM report the ends of these interrupts: it looks for their vectors in the routes of the I/O APIC's inputs.
+    pub fn expect_ends(&self, inputs: impl Iterator<Item = (u32, u64, u32)>) {
+        // At most 24; and a guest that gets no ends of interrupt has an interrupt that comes once.
+        self.routes.set_inputs(inputs.map(|(gsi, address, data)| message(gsi, address, data, None)).collect(), false);
+    }
+}
+
+fn halves(value: u64) -> [u32; 2] {
+    [(value & 0xffff_ffff) as u32, (value >> 32) as u32]
 }
 
 /// One 32-bit attribute of an in-kernel device.
@@ -181,12 +280,27 @@ impl Vm {
 /// The device has no such attribute, or not while CPUs run.
 pub fn device_word(device: &DeviceFd, group: u32, attr: u64) -> Result<u32> {
     let mut word = 0u32;
-    let mut attribute = kvm_device_attr { flags: 0, group, attr, addr: (&raw mut word).expose_provenance() as u64 };
-    // SAFETY: `addr` is that of `word`, which the attributes of this kind fill and which lives as long as the call.
+    ask_device(device, group, attr, (&raw mut word).expose_provenance())?;
+    Ok(word)
+}
+
+/// One 64-bit attribute of an in-kernel device.
+///
+/// # Errors
+/// The device has no such attribute, or not while CPUs run.
+pub fn device_double(device: &DeviceFd, group: u32, attr: u64) -> Result<u64> {
+    let mut double = 0u64;
+    ask_device(device, group, attr, (&raw mut double).expose_provenance())?;
+    Ok(double)
+}
+
+/// Has KVM write an attribute to `place`, which must be as wide as the attributes of this group are.
+fn ask_device(device: &DeviceFd, group: u32, attr: u64, place: usize) -> Result<()> {
+    let mut attribute = kvm_device_attr { flags: 0, group, attr, addr: place as u64 };
+    // SAFETY: `place` is that of a variable of the callers above, as wide as they say, which outlives the call.
     unsafe { device.get_device_attr(&mut attribute) }
         .map_err(io::Error::from)
-        .with_context(|| format!("KVM_GET_DEVICE_ATTR {group} {attr:#x}"))?;
-    Ok(word)
+        .with_context(|| format!("KVM_GET_DEVICE_ATTR {group} {attr:#x}"))
 }
 
 /// Edges go through an irqfd, one write each; a plain irqfd cannot hold a level, so levels go through KVM_IRQ_LINE.
@@ -198,11 +312,15 @@ struct KernelLine {
 
 impl IrqLine for KernelLine {
     fn pulse(&self) {
+        crate::irq::count();
         // Fails only where 2^64 - 2 pulses wait.
         let _ = self.event.write(1);
     }
 
     fn set(&self, high: bool) {
+        if high {
+            crate::irq::count();
+        }
         let _ = self.vm.set_irq_line(self.gsi, high);
     }
 }
@@ -214,12 +332,10 @@ struct LevelLine {
 }
 
 impl IrqLine for LevelLine {
-    fn pulse(&self) {
-        self.set(true);
-        self.set(false);
-    }
-
     fn set(&self, high: bool) {
+        if high {
+            crate::irq::count();
+        }
         let _ = self.vm.set_irq_line(self.number, high);
     }
 }
