@@ -27,6 +27,16 @@ pub fn mmio(start: u64, size: u64, name: &'static str) -> Region {
     Region { space: Space::Mmio, span: Span { start, size }, name }
 }
 
+/// Bytes of ECAM for one bus.
+pub const PCI_ECAM_SIZE: u64 = 1 << 20;
+/// Bytes of a virtio device's own registers.
+pub const VIRTIO_PAGE: u64 = 0x1000;
+
+/// The virtio devices that are not on PCI, from `base` on.
+pub fn virtio_pages(config: &Config, base: u64) -> impl Iterator<Item = Region> {
+    (base..).step_by(VIRTIO_PAGE as usize).take(config.virtio_pages()).map(|at| mmio(at, VIRTIO_PAGE, "virtio device"))
+}
+
 /// Where everything is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {

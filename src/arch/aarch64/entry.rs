@@ -51,6 +51,14 @@ pub fn enter(_mode: CpuMode, entry: Entry, _memory: &Memory, layout: &Layout) ->
     }
 }
 
+/// The same: booting.rst asks for nothing more.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_linux(mode: CpuMode, entry: Entry, memory: &Memory, layout: &Layout) -> Result<BootRegs> {
+    enter(mode, entry, memory, layout)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,7 @@ use anyhow::Result;
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::arch::map::{self, Layout, mmio};
-use crate::config::{Config, Cpuid, Gic, IrqChip, Size, Space};
+use crate::config::{Config, CpuFeature, Cpuid, Gic, IrqChip, Msi, Size, Space};
 use crate::error::{Refusal, refuse, usage};
 use crate::memory::Span;
 
@@ -23,6 +23,10 @@ pub const GIC_DISTRIBUTOR_SIZE: u64 = 0x1_0000;
 pub const GIC_CPU: u64 = 0x0801_0000;
 /// Of the CPU interface.
 pub const GIC_CPU_SIZE: u64 = 0x2000;
+/// GICv3's Interrupt Translation Service: a frame of registers, one that messages are written to.
+pub const GIC_ITS: u64 = 0x0808_0000;
+/// Of the two.
+pub const GIC_ITS_SIZE: u64 = 0x2_0000;
 /// GICv3: one redistributor after the other.
 pub const GIC_REDISTRIBUTOR: u64 = 0x080a_0000;
 /// Of one redistributor: a frame for itself, one for SGIs and PPIs.
@@ -33,8 +37,26 @@ pub const SERIAL: u64 = 0x0900_0000;
 pub const SERIAL_SPI: u32 = 1;
 /// PL031 clock.
 pub const CLOCK: u64 = 0x0901_0000;
+/// PL061 inputs, one of which is the power button's.
+pub const GPIO: u64 = 0x0903_0000;
+/// Its shared peripheral interrupt.
+pub const GPIO_SPI: u32 = 7;
 /// Debug-exit register, 4 bytes.
 pub const DEBUG_EXIT: u64 = 0x0908_0000;
+/// pvpanic, one byte.
+pub const PVPANIC: u64 = 0x0909_0000;
+/// Virtio devices that are not on PCI: a page each.
+pub const VIRTIO: u64 = 0x0a00_0000;
+/// The first one's shared peripheral interrupt; the others' follow.
+pub const VIRTIO_SPI: u32 = 16;
+/// The window of the PCI bus, where its functions' BARs lie.
+pub const PCI_WINDOW: u64 = 0x1000_0000;
+/// Bytes of it.
+pub const PCI_WINDOW_SIZE: u64 = 0x2000_0000;
+/// ECAM of the PCI bus (PCI Express 6.0 §7.2.2).
+pub const PCI_ECAM: u64 = 0x3f00_0000;
+/// The first of the four shared peripheral interrupts of its INTx.
+pub const PCI_SPI: u32 = 3;
 /// Of each device's own page.
 pub const PAGE: u64 = 0x1000;
 
@@ -43,6 +65,11 @@ const MAX_RAM: u64 = 1 << 46;
 /// The smallest IPA size that KVM takes (api.rst, KVM_VM_TYPE_ARM_IPA_SIZE), and the usual one.
 const IPA_LEAST: u32 = 32;
 const IPA_USUAL: u32 = 40;
+
+/// The machine has an ITS, as far as is settled: without a word for or against, that is the host's to say.
+pub fn has_its(config: &Config) -> bool {
+    config.irqchip != Some(IrqChip::None) && config.gic != Some(Gic::V2) && config.msi != Some(Msi::None)
+}
 
 /// The map of the machine that `config` describes.
 ///
@@ -64,16 +91,28 @@ pub fn layout(config: &Config) -> Result<Layout> {
         mmio(SERIAL, PAGE, "serial port (PL011)"),
         mmio(CLOCK, PAGE, "clock (PL031)"),
         mmio(DEBUG_EXIT, 4, "debug exit"),
+        mmio(PVPANIC, 1, "pvpanic"),
     ];
     if config.irqchip != Some(IrqChip::None) {
+        regions.push(mmio(GPIO, PAGE, "power button (PL061)"));
         regions.push(mmio(GIC_DISTRIBUTOR, GIC_DISTRIBUTOR_SIZE, "GIC distributor"));
         regions.push(match config.gic {
             Some(Gic::V2) => mmio(GIC_CPU, GIC_CPU_SIZE, "GICv2 CPU interface"),
             Some(Gic::V3) | None => {
-                let all = GIC_REDISTRIBUTOR_SIZE * u64::from(config.cpus.max(1));
+                let all = GIC_REDISTRIBUTOR_SIZE * u64::from(config.cpus.count().max(1));
                 mmio(GIC_REDISTRIBUTOR, all, "GICv3 redistributors")
             }
         });
+    }
+    if config.has_pci() {
+        regions.extend([
+            mmio(PCI_WINDOW, PCI_WINDOW_SIZE, "PCI window"),
+            mmio(PCI_ECAM, map::PCI_ECAM_SIZE, "PCI configuration (ECAM)"),
+        ]);
+    }
+    regions.extend(map::virtio_pages(config, VIRTIO));
+    if has_its(config) {
+        regions.push(mmio(GIC_ITS, GIC_ITS_SIZE, "GICv3 ITS"));
     }
     Layout::new(config, vec![ram], None, regions)
 }
@@ -82,18 +121,34 @@ fn refuse_words(config: &Config) -> Result<(), Refusal> {
     if config.cpuid == Some(Cpuid::Host) || config.cpuid == Some(Cpuid::None) {
         return Err(usage("--cpuid means nothing for an arm64 machine"));
     }
+    if config.irqchip == Some(IrqChip::Split) {
+        return Err(usage("--irqchip split means nothing for an arm64 machine").hint("--irqchip kernel is the GIC"));
+    }
+    if config.platform.is_some() {
+        return Err(usage("--platform means nothing for an arm64 machine: it has a device tree"));
+    }
     if let Some(console) = config.debugcon.filter(|at| at.space == Space::Pio) {
         return Err(usage(format!("--debugcon {console}: an arm64 machine has no ports"))
             .hint("give it an address, as in --debugcon mmio:0x996"));
     }
-    if config.cpus as usize > super::MAX_CPUS {
-        return Err(usage(format!("--cpus {}: an arm64 machine has at most {}", config.cpus, super::MAX_CPUS)));
+    if (config.cpus.sockets, config.cpus.threads) != (1, 1) {
+        return Err(usage(format!("--cpus {}: an arm64 machine's CPUs are cores, told by their number", config.cpus)));
     }
-    if config.gic == Some(Gic::V2) && config.cpus > 8 {
-        return Err(usage(format!("--cpus {}: GICv2 has at most 8", config.cpus)).hint("--gic 3 takes more"));
+    if config.cpus.count() as usize > super::MAX_CPUS {
+        return Err(usage(format!("--cpus {}: an arm64 machine has at most {}", config.cpus.count(), super::MAX_CPUS)));
+    }
+    if config.gic == Some(Gic::V2) && config.cpus.count() > 8 {
+        return Err(usage(format!("--cpus {}: GICv2 has at most 8", config.cpus.count())).hint("--gic 3 takes more"));
     }
     if config.gic.is_some() && config.irqchip == Some(IrqChip::None) {
         return Err(usage("--gic means nothing with --irqchip none"));
+    }
+    if config.msi == Some(Msi::Its) && !has_its(config) {
+        let without = if config.gic == Some(Gic::V2) { "--gic 2" } else { "--irqchip none" };
+        return Err(usage(format!("--msi its with {without}: an ITS is a part of GICv3")));
+    }
+    if config.cpu_features.contains(&CpuFeature::Pmu) && config.irqchip == Some(IrqChip::None) {
+        return Err(usage("--cpu-features pmu with --irqchip none: a counter's overflow is an interrupt"));
     }
     let told = |name: &str| config.reg.iter().find(|reg| reg.name == name);
     if let (Some(at), Some(reg)) = (config.fdt_at, told("x0").or_else(|| told("w0"))) {
@@ -136,7 +191,7 @@ fn choose_ipa(needed: u32, can: Option<u32>, layout: &Layout) -> Result<u32, Ref
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Addr;
+    use crate::config::{Addr, Cpus};
 
     fn with(memory: u64) -> Config {
         Config { memory: Size(memory), ..Config::default() }
@@ -155,9 +210,7 @@ mod tests {
         for config in [based(0, DEVICES + 4096), based(DEVICES, 4096), based(SERIAL, 4096), based(RAM - 4096, 8192)] {
             assert!(layout(&config).unwrap_err().to_string().contains("overlaps the devices"));
         }
-        for config in
-            [with(0), with(1), with(4097), with(u64::MAX & !0xfff), based(u64::MAX - 4095, 4096), based(1, 4096)]
-        {
+        for config in [with(0), with(1), with(4097), with(!0xfff), based(u64::MAX - 4095, 4096), based(1, 4096)] {
             assert!(layout(&config).is_err(), "{config:?}");
         }
     }
@@ -166,7 +219,7 @@ mod tests {
     fn nothing_overlaps_whatever_the_configuration() {
         for gic in [None, Some(Gic::V2), Some(Gic::V3)] {
             for cpus in [1, 8, 123] {
-                let Ok(map) = layout(&Config { gic, cpus, ..with(4096) }) else { continue };
+                let Ok(map) = layout(&Config { gic, cpus: Cpus::cores(cpus), ..with(4096) }) else { continue };
                 for (i, a) in map.regions.iter().enumerate() {
                     for b in &map.regions[i + 1..] {
                         assert!(!a.span.overlaps(&b.span), "{a:?} {b:?}");
@@ -177,14 +230,29 @@ mod tests {
     }
 
     #[test]
+    fn an_its_is_where_gicv3_is_and_nobody_says_no() {
+        let has = |gic, msi| {
+            let map = layout(&Config { gic, msi, ..with(4096) }).unwrap();
+            map.regions.iter().any(|region| region.span == Span { start: GIC_ITS, size: GIC_ITS_SIZE })
+        };
+        assert!(has(None, None) && has(Some(Gic::V3), Some(Msi::Its)));
+        assert!(!has(Some(Gic::V2), None) && !has(Some(Gic::V3), Some(Msi::None)));
+        let none = Config { irqchip: Some(IrqChip::None), ..with(4096) };
+        assert!(!has_its(&none) && layout(&none).is_ok());
+    }
+
+    #[test]
     fn what_means_nothing_on_arm64_is_refused_with_status_2() {
         let base = with(4096);
         for config in [
             Config { cpuid: Some(Cpuid::None), ..base.clone() },
             Config { debugcon: Some("pio:0xe9".parse().unwrap()), ..base.clone() },
-            Config { gic: Some(Gic::V2), cpus: 9, ..base.clone() },
-            Config { cpus: 124, ..base.clone() },
+            Config { gic: Some(Gic::V2), cpus: Cpus::cores(9), ..base.clone() },
+            Config { cpus: Cpus::cores(124), ..base.clone() },
             Config { gic: Some(Gic::V3), irqchip: Some(IrqChip::None), ..base.clone() },
+            Config { gic: Some(Gic::V2), msi: Some(Msi::Its), ..base.clone() },
+            Config { irqchip: Some(IrqChip::None), msi: Some(Msi::Its), ..base.clone() },
+            Config { irqchip: Some(IrqChip::None), cpu_features: vec![CpuFeature::Pmu], ..base.clone() },
             Config { fdt_at: Some(Addr(RAM)), reg: vec!["x0=1".parse().unwrap()], ..base.clone() },
             Config { debugcon: Some("mmio:0x9000000".parse().unwrap()), ..base.clone() },
         ] {

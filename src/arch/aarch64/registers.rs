@@ -1,7 +1,8 @@
 //! Registers: by KVM's numbers and by the names people write.
 //!
 //! Invariant: a core register's number carries its size and its place in `struct kvm_regs` (KVM api.rst 4.68); all that
-//! are named here have 64 bits.
+//! are named here have 64 bits. (The vectors are none of them: V0 to V31 are core registers only of a CPU without SVE; of one
+//! with it they are the low 128 bits of KVM_REG_ARM64_SVE_ZREG, and KVM refuses their core numbers.)
 
 use std::io;
 
@@ -12,6 +13,7 @@ use kvm_ioctls::VcpuFd;
 use super::boot::{BootRegs, EL1H_MASKED};
 use crate::config::{CpuMode, RegValue};
 use crate::error::{Refusal, usage};
+use crate::explain::call;
 
 /// A core register at this offset of `struct kvm_regs`.
 const fn core(offset: u64) -> u64 {
@@ -56,6 +58,8 @@ pub const ESR_EL1: u64 = sys(3, 0, 5, 2, 0);
 pub const FAR_EL1: u64 = sys(3, 0, 6, 0, 0);
 /// Memory attributes.
 pub const MAIR_EL1: u64 = sys(3, 0, 10, 2, 0);
+/// The sizes of pages and addresses that the CPU has.
+pub const ID_AA64MMFR0_EL1: u64 = sys(3, 0, 0, 7, 0);
 /// Where exceptions go.
 pub const VBAR_EL1: u64 = sys(3, 0, 12, 0, 0);
 /// The virtual timer's control: bit 0 enabled, bit 1 masked.
@@ -78,10 +82,22 @@ pub fn get(fd: &VcpuFd, id: u64) -> Result<u64> {
 /// # Errors
 /// KVM refuses it.
 pub fn set(fd: &VcpuFd, id: u64, value: u64) -> Result<()> {
-    fd.set_one_reg(id, &value.to_le_bytes())
+    let fields = || (format!("id {id:#x} ({}): {value:#x}", name(id)), "One register; its number carries its size.");
+    call("KVM_SET_ONE_REG", fields, || fd.set_one_reg(id, &value.to_le_bytes()))
         .map_err(io::Error::from)
         .with_context(|| format!("KVM_SET_ONE_REG {id:#x}"))?;
     Ok(())
+}
+
+/// A core register's name.
+fn name(id: u64) -> String {
+    match id {
+        SP_EL0 => "sp_el0".into(),
+        SP_EL1 => "sp_el1".into(),
+        PC => "pc".into(),
+        PSTATE => "pstate".into(),
+        _ => (0..31).find(|n| x(*n) == id).map_or_else(|| "a system register".into(), |n| format!("x{n}")),
+    }
 }
 
 /// The affinity that KVM gives to CPU `id`: what MPIDR_EL1 and the device tree call it.

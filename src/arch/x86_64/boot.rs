@@ -9,6 +9,7 @@ use anyhow::Context;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuFd};
 
+use crate::explain::{call, tell};
 use crate::memory::{Memory, Span};
 
 /// CR0: protection enable, monitor coprocessor, extension type, numeric error, write protect, paging (SDM vol. 3, 2.5).
@@ -97,6 +98,21 @@ impl BootRegs {
     /// A PC's guests are not told of a device tree; the board makes none.
     pub fn hand_over(&mut self, _tree: Option<Span>) {}
 
+    /// What a person wants to know of them.
+    fn summary(&self) -> String {
+        let (r, s) = (&self.regs, &self.sregs);
+        let mode = match (s.cr0 & cr0::PE != 0, s.efer & EFER_LMA != 0) {
+            (false, _) => "real mode",
+            (true, false) => "protected mode",
+            (true, true) => "long mode",
+        };
+        let start = format!("{mode}, cs {:#x} (base {:#x}), rip {:#x}", s.cs.selector, s.cs.base, r.rip);
+        format!(
+            "{start}, rsp {:#x}, rflags {:#x}, rax {:#x}, rbx {:#x}, cr0 {:#x}",
+            r.rsp, r.rflags, r.rax, r.rbx, s.cr0
+        )
+    }
+
     /// Sets a CPU's registers: with the first KVM_RUN where the host synchronises registers (KVM_CAP_SYNC_REGS), else by
     /// two calls.
     ///
@@ -104,6 +120,9 @@ impl BootRegs {
     /// KVM refuses the state.
     pub fn apply(&self, fd: &mut VcpuFd, kvm: &Kvm) -> anyhow::Result<()> {
         if kvm.check_extension_int(Cap::SyncRegs) & SYNC_REGS == SYNC_REGS {
+            let why = "With the first KVM_RUN: KVM takes the registers from the shared page (KVM_CAP_SYNC_REGS), one call instead of three. \
+                       This stands for KVM_SET_SREGS and KVM_SET_REGS.";
+            tell("kvm_run.s.regs", || self.summary(), why);
             let sync = fd.sync_regs_mut();
             sync.regs = self.regs;
             sync.sregs = self.sregs;
@@ -111,8 +130,12 @@ impl BootRegs {
             fd.set_sync_dirty_reg(SyncReg::SystemRegister);
             return Ok(());
         }
-        fd.set_sregs(&self.sregs).map_err(io::Error::from).context("KVM_SET_SREGS")?;
-        fd.set_regs(&self.regs).map_err(io::Error::from).context("KVM_SET_REGS")
+        let segments = || (self.summary(), "Segments and control registers: which mode the CPU starts in.");
+        call("KVM_SET_SREGS", segments, || fd.set_sregs(&self.sregs))
+            .map_err(io::Error::from)
+            .context("KVM_SET_SREGS")?;
+        let general = || (self.summary(), "General registers: where the CPU starts, and with what.");
+        call("KVM_SET_REGS", general, || fd.set_regs(&self.regs)).map_err(io::Error::from).context("KVM_SET_REGS")
     }
 
     /// Real mode at 0:0, as after power-on but for cs and rip: every register 0, rflags 2, no caching disabled.
@@ -196,6 +219,26 @@ pub fn write_protected_tables(memory: &Memory, tables: Span) -> anyhow::Result<(
 fn write_gdt(memory: &Memory, tables: Span, code: u64) -> anyhow::Result<()> {
     let gdt: Vec<u8> = [0, code, DATA32].iter().flat_map(|d: &u64| d.to_le_bytes()).collect();
     memory.write(tables.start, &gdt)
+}
+
+/// Puts code and data of the GDT where Linux wants them: at 0x10 and 0x18.
+///
+/// # Errors
+/// The GDT is not in `memory`.
+pub fn select_for_linux(boot: &mut BootRegs, memory: &Memory) -> anyhow::Result<()> {
+    const STEP: u16 = 8;
+    let sregs = &mut boot.sregs;
+    let (mut gdt, first) = (vec![0; usize::from(sregs.gdt.limit) + 1], sregs.gdt.base);
+    memory.read(first, &mut gdt)?;
+    // All but the null descriptor moves up by one.
+    let used = gdt.get(usize::from(STEP)..).unwrap_or_default();
+    memory.write(first + u64::from(2 * STEP), used)?;
+    memory.write(first + u64::from(STEP), &[0; 8])?;
+    sregs.gdt.limit += STEP;
+    for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss] {
+        segment.selector += STEP;
+    }
+    Ok(())
 }
 
 /// Writes the GDT and the identity map of long mode, in 2 MiB pages.

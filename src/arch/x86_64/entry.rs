@@ -86,6 +86,16 @@ pub fn enter(mode: CpuMode, entry: Entry, memory: &Memory, map: &Layout) -> Resu
     Ok(BootRegs::protected(tables, rip, rsp))
 }
 
+/// The same for Linux, whose boot protocol wants its own selectors (boot.rst: __BOOT_CS 0x10, __BOOT_DS 0x18).
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_linux(mode: CpuMode, entry: Entry, memory: &Memory, map: &Layout) -> Result<BootRegs> {
+    let mut boot = enter(mode, entry, memory, map)?;
+    boot::select_for_linux(&mut boot, memory)?;
+    Ok(boot)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

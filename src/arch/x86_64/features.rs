@@ -1,8 +1,9 @@
 //! What an x86-64 host's KVM offers beyond what every architecture's does.
 
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use crate::arch::{Feature, feature};
+use crate::error::Refusal;
 
 /// The capabilities that only x86-64 has.
 pub const FEATURES: &[Feature] = &[
@@ -10,7 +11,7 @@ pub const FEATURES: &[Feature] = &[
     feature(Cap::ExtCpuid, "EXT_CPUID", true, "CPUID of the guest", "needs Linux 2.6.26"),
     feature(Cap::Irqchip, "IRQCHIP", false, "--irqchip kernel", "use --irqchip none, with one CPU"),
     feature(Cap::Pit2, "PIT2", false, "--irqchip kernel", "use --irqchip none, with one CPU"),
-    feature(Cap::SplitIrqchip, "SPLIT_IRQCHIP", false, "(later) --irqchip split", "none needed yet"),
+    feature(Cap::SplitIrqchip, "SPLIT_IRQCHIP", false, "--irqchip split", "--irqchip kernel does without"),
     feature(Cap::Xsave, "XSAVE", false, "(later) snapshots", "none needed yet"),
     feature(Cap::AdjustClock, "ADJUST_CLOCK", false, "(later) clocks of snapshots", "none needed yet"),
     feature(Cap::X2ApicApi, "X2APIC_API", false, "(later) more than 255 CPUs", "none needed yet"),
@@ -34,4 +35,12 @@ pub const FEATURES: &[Feature] = &[
 pub fn host_facts(kvm: &Kvm) -> Vec<(&'static str, String)> {
     let msrs = kvm.get_msr_index_list().map_or_else(|e| e.to_string(), |list| list.as_slice().len().to_string());
     vec![("MSRs to save", msrs)]
+}
+
+/// No guest of a PC says what pages it wants before it runs.
+///
+/// # Errors
+/// None here.
+pub fn check_page_size(_fd: &VcpuFd, _size: u32) -> Result<(), Refusal> {
+    Ok(())
 }

@@ -7,14 +7,24 @@ use anyhow::Result;
 use kvm_ioctls::Kvm;
 
 use crate::arch::map::{self, Layout, Region, mmio};
-use crate::config::{Config, CpuMode, Space};
-use crate::error::{refuse, usage};
+use crate::config::{Config, CpuMode, Cpus, IrqChip, Platform, Space};
+use crate::error::{Refusal, refuse, usage};
 use crate::memory::{Span, page_size};
 
 /// Where RAM must end below 4 GiB; devices live from here to 4 GiB.
 pub const HOLE: u64 = 0xc000_0000;
 /// Where RAM goes on.
 pub const ABOVE: u64 = 0x1_0000_0000;
+/// ECAM of the PCI bus (PCI Express 6.0 §7.2.2).
+pub const PCI_ECAM: u64 = 0xc000_0000;
+/// Virtio devices that are not on PCI: a page each.
+pub const VIRTIO: u64 = 0xc800_0000;
+/// The window of the PCI bus, where its functions' BARs lie.
+pub const PCI_WINDOW: u64 = 0xd000_0000;
+/// Bytes of it.
+pub const PCI_WINDOW_SIZE: u64 = 0x1000_0000;
+/// PCI's configuration mechanism #1.
+pub const PCI_PORTS: u64 = 0xcf8;
 /// GDT and page tables for guests that start in protected or long mode; not RAM, so that no guest is in their way.
 pub const TABLES: u64 = 0xf800_0000;
 /// I/O APIC (82093AA, also Intel SDM vol. 3 "APIC").
@@ -38,6 +48,16 @@ pub const I8042_DATA: u64 = 0x60;
 pub const I8042_COMMAND: u64 = 0x64;
 /// CMOS clock: index and data.
 pub const CMOS: u64 = 0x70;
+/// ACPI's registers for sleep, reset and events.
+pub const POWER: u64 = 0x608;
+/// Bytes of them.
+pub const POWER_SIZE: u64 = 5;
+/// Their interrupt.
+pub const POWER_IRQ: u32 = 9;
+/// pvpanic, where QEMU has it.
+pub const PVPANIC: u64 = 0x505;
+/// The ACPI tables: where a PC's firmware has its ROM, and where the RSDP is looked for (ACPI 6.5 §5.2.5.1).
+pub const ACPI: u64 = 0xe_0000;
 /// Power-off register, 2 bytes: PM1a control as hobby kernels know it from QEMU.
 pub const POWER_OFF: u64 = 0x604;
 
@@ -49,11 +69,18 @@ const MAX_RAM: u64 = 8 << 40;
 /// # Errors
 /// RAM of no or of an odd size, or in a place where it cannot be; a debug console on top of something else.
 pub fn layout(config: &Config) -> Result<Layout> {
-    for (option, given) in [("--gic", config.gic.is_some()), ("--fdt-at", config.fdt_at.is_some())] {
+    let options = [
+        ("--gic", config.gic.is_some()),
+        ("--msi", config.msi.is_some()),
+        ("--cpu-features", !config.cpu_features.is_empty()),
+        ("--fdt-at", config.fdt_at.is_some()),
+    ];
+    for (option, given) in options {
         if given {
             return Err(usage(format!("{option} means nothing for an x86-64 machine")).into());
         }
     }
+    check_topology(config.cpus)?;
     let ram = ram_spans(config)?;
     let tables = match config.cpu_mode {
         None | Some(CpuMode::Real) => None,
@@ -65,17 +92,21 @@ pub fn layout(config: &Config) -> Result<Layout> {
     let mut regions = vec![
         mmio(IDENTITY_MAP, 0x1000, "KVM identity map"),
         mmio(TSS, 0x3000, "KVM task state segment"),
-        pio(I8042_DATA, 1, "i8042 data"),
-        pio(I8042_COMMAND, 1, "i8042 command"),
         pio(CMOS, 2, "CMOS clock"),
         pio(DEBUG_EXIT, 4, "debug exit"),
         pio(SERIAL, 8, "serial port"),
         pio(POWER_OFF, 2, "power off"),
     ];
-    if config.irqchip != Some(crate::config::IrqChip::None) {
+    if config.platform == Some(Platform::Acpi) {
+        regions.extend([pio(POWER, POWER_SIZE, "ACPI power registers"), pio(PVPANIC, 1, "pvpanic")]);
+    } else {
+        regions.extend([pio(I8042_DATA, 1, "i8042 data"), pio(I8042_COMMAND, 1, "i8042 command")]);
+    }
+    if config.irqchip != Some(IrqChip::None) {
+        regions.extend([mmio(IOAPIC, 0x1000, "I/O APIC"), mmio(LOCAL_APIC, 0x1000, "local APIC")]);
+    }
+    if matches!(config.irqchip, None | Some(IrqChip::Kernel)) {
         regions.extend([
-            mmio(IOAPIC, 0x1000, "I/O APIC"),
-            mmio(LOCAL_APIC, 0x1000, "local APIC"),
             pio(0x20, 2, "PIC, primary"),
             pio(0x40, 4, "PIT"),
             pio(0x61, 1, "PIT channel 2 gate"),
@@ -83,7 +114,31 @@ pub fn layout(config: &Config) -> Result<Layout> {
             pio(0x4d0, 2, "PIC edge/level"),
         ]);
     }
+    if config.has_pci() {
+        let ecam = match config.platform {
+            Some(Platform::Acpi) => "PCI configuration (ECAM; segment 1 to ACPI)",
+            _ => "PCI configuration (ECAM)",
+        };
+        regions.extend([
+            mmio(PCI_ECAM, map::PCI_ECAM_SIZE, ecam),
+            mmio(PCI_WINDOW, PCI_WINDOW_SIZE, "PCI window"),
+            pio(PCI_PORTS, 8, "PCI configuration"),
+        ]);
+    }
+    regions.extend(map::virtio_pages(config, VIRTIO));
     Layout::new(config, ram, tables, regions)
+}
+
+/// A CPU's number is its APIC id, in which thread, core and package have whole bits (SDM vol. 3, 10.9.2); so only the
+/// last of them may be no power of two.
+fn check_topology(cpus: Cpus) -> Result<(), Refusal> {
+    let Cpus { sockets, cores, threads } = cpus;
+    let odd = |number: u32| !number.is_power_of_two();
+    if cpus.count() > 0 && (odd(threads) || sockets > 1 && odd(cores)) {
+        let what = format!("--cpus {cpus}: threads, and with several sockets cores, must be a power of two");
+        return Err(usage(what).hint("APIC ids have whole bits for each"));
+    }
+    Ok(())
 }
 
 /// The kind of virtual machine that KVM_CREATE_VM is asked for: the usual one.
@@ -121,7 +176,7 @@ pub fn top_below_4g(layout: &Layout) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{IrqChip, Size};
+    use crate::config::Size;
 
     fn with(memory: u64) -> Config {
         Config { memory: Size(memory), ..Config::default() }
@@ -129,6 +184,13 @@ mod tests {
 
     fn spans(config: &Config) -> Vec<(u64, u64)> {
         layout(config).unwrap().ram.iter().map(|s| (s.start, s.size)).collect()
+    }
+
+    #[test]
+    fn cpus_whose_numbers_are_no_apic_ids_are_refused() {
+        let fits = |cpus: &str| layout(&Config { cpus: cpus.parse().unwrap(), ..with(4096) }).is_ok();
+        assert!(["1", "7", "sockets=3,cores=4,threads=2", "cores=3,threads=2"].into_iter().all(fits));
+        assert!(!["threads=3", "sockets=2,cores=3"].into_iter().any(fits));
     }
 
     #[test]

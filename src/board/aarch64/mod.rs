@@ -1,41 +1,70 @@
-//! The arm64 board, as little of it as guests expect: GIC, timers, PL011, PL031, PSCI, and a device tree that says so.
+//! The arm64 board, as little of it as guests expect: GIC and its ITS, timers, PL011, PL031, PSCI, and a device tree that says so.
 
+mod cpus;
 mod fdt;
 mod gic;
 
-use std::io;
-
-use anyhow::{Context, Result};
-use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_ARM_NISV_TO_USER, kvm_enable_cap, kvm_vcpu_init,
-};
+use anyhow::Result;
+use kvm_bindings::{KVM_CAP_ARM_NISV_TO_USER, kvm_enable_cap};
 
 pub use self::fdt::device_tree;
-pub use self::gic::{Irqchip, choose};
-use super::Board;
-use crate::arch::layout::{CLOCK, DEBUG_EXIT, PAGE, SERIAL, SERIAL_SPI};
+pub use self::gic::Irqchip;
+use super::virtio::{self, INTX, Sockets};
+use super::{Board, Firmware, PowerButton, Wires};
+use crate::arch::layout::{
+    CLOCK, DEBUG_EXIT, GPIO, GPIO_SPI, PAGE, PCI_SPI, PVPANIC, SERIAL, SERIAL_SPI, VIRTIO_SPI, has_its,
+};
 use crate::arch::{self, Layout, Waiting};
 use crate::bus::{Builder, Space};
 use crate::clock::HostClock;
 use crate::config::{Config, IrqChip};
-use crate::console::HostConsole;
 use crate::device::debug_console::DebugConsole;
 use crate::device::debug_exit::DebugExit;
 use crate::device::pl011::Pl011;
 use crate::device::pl031::Pl031;
-use crate::irq::{IrqLine, Unconnected};
+use crate::device::pl061::Pl061;
+use crate::device::power::Button;
+use crate::device::pvpanic::PvPanic;
+use crate::explain::call;
+use crate::irq::{IrqLine, Shared, Unconnected};
 use crate::memory::{Memory, Span};
 use crate::vcpu::Vcpu;
 use crate::vm::Vm;
+
+/// The console that Linux is told of.
+pub const LINUX_CONSOLE: &str = "console=ttyAMA0";
+/// What it is told besides: nothing, its device tree says all.
+pub fn linux_arguments(_config: &Config) -> Vec<&'static str> {
+    Vec::new()
+}
+
+/// An arm64 machine of Bantam's has a device tree, and nothing of a firmware's.
+///
+/// # Errors
+/// None here.
+pub fn firmware(_config: &Config) -> Result<Firmware> {
+    Ok(Firmware::default())
+}
+
+/// Settles what only the host can say: which interrupt controller the machine has. What it is asked for must be there.
+///
+/// # Errors
+/// The host's KVM has not what is asked for, or no GIC.
+pub fn choose(vm: &Vm, config: &Config) -> Result<Config> {
+    cpus::check(vm, config)?;
+    gic::choose(vm, config)
+}
 
 /// Makes the devices; the interrupt controller comes after the vCPUs, in [`prepare`].
 ///
 /// # Errors
 /// A debug console lies on a device.
-pub fn build(vm: &Vm, config: &Config, _layout: &Layout, serial: HostConsole, debug: HostConsole) -> Result<Board> {
+pub fn build(vm: &Vm, config: &Config, _layout: &Layout, wires: Wires) -> Result<Board> {
+    let Wires { serial, debug, ends } = wires;
     // Where a host's KVM cannot report such an access, KVM_RUN fails instead, and the guest has died all the same.
     let nisv = kvm_enable_cap { cap: KVM_CAP_ARM_NISV_TO_USER, ..Default::default() };
-    let _ = vm.fd().enable_cap(&nisv);
+    let why = "A load or store outside RAM that the CPU does not describe shall exit, instead of failing KVM_RUN.";
+    let _ = call("KVM_ENABLE_CAP", || ("KVM_CAP_ARM_NISV_TO_USER".into(), why), || vm.fd().enable_cap(&nisv));
     let line: Box<dyn IrqLine> = match config.irqchip {
         Some(IrqChip::None) => Box::new(Unconnected),
         _ => vm.level(gic::line(SERIAL_SPI)),
@@ -44,11 +73,34 @@ pub fn build(vm: &Vm, config: &Config, _layout: &Layout, serial: HostConsole, de
     let page = |start| Span { start, size: PAGE };
     let serial = devices.place(Space::Mmio, page(SERIAL), Pl011::new(Box::new(serial), line))?;
     devices.place(Space::Mmio, page(CLOCK), Pl031::new(Box::new(HostClock)))?;
+    let button = Button::default();
+    let power = match config.irqchip {
+        Some(IrqChip::None) => None,
+        _ => {
+            let device = Pl061::new(vm.level(gic::line(GPIO_SPI)), button.clone());
+            // Whether its interrupt is enabled says for sure whether somebody hears it.
+            Some(PowerButton { device: devices.place(Space::Mmio, page(GPIO), device)?, button, certain: true })
+        }
+    };
+    devices.place(Space::Mmio, Span { start: PVPANIC, size: 1 }, PvPanic)?;
     devices.place(Space::Mmio, Span { start: DEBUG_EXIT, size: 4 }, DebugExit)?;
     if let Some(at) = config.debugcon {
         devices.place(at.space, Span { start: at.addr, size: 1 }, DebugConsole::new(Box::new(debug)))?;
     }
-    Ok(Board { buses: devices.finish(), serial, irqchip: Irqchip::default() })
+    let there = config.irqchip != Some(IrqChip::None) && config.virtio_devices() > 0;
+    let first = if config.has_pci() { PCI_SPI } else { VIRTIO_SPI };
+    let line = |spi| Shared::new(vm.level(gic::line(spi)));
+    let sockets = Sockets {
+        lines: (first..).take(if there { INTX } else { 0 }).map(line).collect(),
+        numbers: [0; INTX],
+        messages: there && has_its(config),
+        senders: true,
+        ports: None,
+        // KVM maps it as memory that is cached; a guest that maps it as a device would read past the cache.
+        mirror: None,
+    };
+    let bench = virtio::place(vm, config, ends, sockets, &mut devices)?;
+    Ok(Board { buses: devices.finish(), serial, bench, power, irqchip: Irqchip::default() })
 }
 
 /// Initialises the vCPUs, all but the first switched off until PSCI starts them, and makes the GIC.
@@ -56,23 +108,14 @@ pub fn build(vm: &Vm, config: &Config, _layout: &Layout, serial: HostConsole, de
 /// # Errors
 /// KVM refuses a CPU or the GIC.
 pub fn prepare(vm: &Vm, vcpus: &[Vcpu], config: &Config, board: &mut Board) -> Result<()> {
-    let mut target = kvm_vcpu_init::default();
-    vm.fd().get_preferred_target(&mut target).map_err(io::Error::from).context("KVM_ARM_PREFERRED_TARGET")?;
-    if let Some(features) = target.features.first_mut() {
-        *features |= 1 << KVM_ARM_VCPU_PSCI_0_2;
-    }
-    for vcpu in vcpus {
-        let mut own = target;
-        if let (1.., Some(features)) = (vcpu.id(), own.features.first_mut()) {
-            *features |= 1 << KVM_ARM_VCPU_POWER_OFF;
-        }
-        let id = vcpu.id();
-        vcpu.fd().vcpu_init(&own).map_err(io::Error::from).with_context(|| format!("KVM_ARM_VCPU_INIT of CPU {id}"))?;
-    }
-    if let (Some(version), true) = (config.gic, config.irqchip != Some(IrqChip::None)) {
-        board.irqchip = gic::make(vm, version)?;
-    }
-    Ok(())
+    cpus::init(vm, vcpus, config)?;
+    board.irqchip = gic::make(vm, config)?;
+    cpus::finish(vcpus, config)
+}
+
+/// What this host's KVM has to solder on.
+pub fn host_facts(vm: &Vm) -> Vec<(&'static str, String)> {
+    vec![("interrupt controllers", gic::offers(vm))]
 }
 
 /// Whether a machine whose CPUs all seemed to have halted for good, now stopped, may go on after all: a CPU does not wait,

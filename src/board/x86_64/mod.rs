@@ -1,31 +1,61 @@
 //! The PC's board, as little of it as guests expect.
 
+mod acpi;
+
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_pit_config,
+};
 
-use super::Board;
+pub use self::acpi::firmware;
+use super::virtio::{self, INTX, Sockets};
+use super::{Board, Chosen, PowerButton, Wires};
 
 use crate::arch::layout::{
-    CMOS, DEBUG_EXIT, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, POWER_OFF, SERIAL, SERIAL_IRQ, TSS,
+    CMOS, DEBUG_EXIT, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, IOAPIC, PCI_ECAM, PCI_PORTS, POWER, POWER_IRQ,
+    POWER_OFF, POWER_SIZE, PVPANIC, SERIAL, SERIAL_IRQ, TSS,
 };
-use crate::arch::{self, Layout};
+use crate::arch::{self, Layout, PCI_ECAM_SIZE};
 use crate::bus::{Builder, Space};
 use crate::clock::HostClock;
-use crate::config::{Config, Cpuid, IrqChip};
-use crate::console::HostConsole;
-use crate::device::cmos::Cmos;
+use crate::config::{Config, Cpuid, IrqChip, Platform};
+use crate::device::cmos::{self, Cmos};
 use crate::device::debug_console::DebugConsole;
 use crate::device::debug_exit::DebugExit;
 use crate::device::i8042::I8042;
+use crate::device::ioapic::{IoApic, Message, Messages, PINS};
+use crate::device::pci::{Mirror, pages};
+use crate::device::power::{Button, Power};
 use crate::device::power_off::PowerOff;
-use crate::device::serial::Serial;
-use crate::irq::{IrqLine, Unconnected};
+use crate::device::pvpanic::PvPanic;
+use crate::device::serial::{self, Serial};
+use crate::explain::{Outcome, call};
+use crate::irq::{IrqLine, Shared, Unconnected};
 use crate::memory::{Memory, Span};
 use crate::vcpu::Vcpu;
-use crate::vm::{Vm, kvm};
+use crate::vm::{KernelMessages, Shown, Vm, kvm};
+
+/// The console that Linux is told of.
+pub const LINUX_CONSOLE: &str = "console=ttyS0";
+/// What it is told besides: not to look for what this machine has not. Of PCI that is, before ACPI says where it is, the
+/// chipsets with flaws that Linux goes round.
+pub fn linux_arguments(config: &Config) -> Vec<&'static str> {
+    vec!["8250.nr_uarts=1", if config.has_pci() { "pci=noearly" } else { "pci=off" }]
+}
+
+/// The I/O APIC's inputs of PCI's INTx, and the numbers that a PC without ACPI reads for them.
+pub const INTX_INPUTS: [u32; INTX] = [16, 17, 18, 19];
+const INTX_LEGACY: [u32; INTX] = [10, 11, 10, 11];
+
+/// Registers whose writes do nothing until another register of the device is asked for. A trace shows them when they happen,
+/// so they make exits then.
+const POSTPONED: [u64; 2] = [CMOS + cmos::INDEX, SERIAL + serial::LINE_CONTROL];
 
 /// KVM's own controllers have no descriptor of their own.
 pub struct Irqchip;
@@ -34,30 +64,177 @@ pub struct Irqchip;
 ///
 /// # Errors
 /// KVM refuses a part, or a debug console lies on a device.
-pub fn build(vm: &Vm, config: &Config, layout: &Layout, serial: HostConsole, debug: HostConsole) -> Result<Board> {
-    vm.fd().set_identity_map_address(IDENTITY_MAP).map_err(io::Error::from).context("KVM_SET_IDENTITY_MAP_ADDR")?;
+pub fn build(vm: &Vm, config: &Config, layout: &Layout, wires: Wires) -> Result<Board> {
+    let Wires { serial, debug, ends } = wires;
+    let why = "One page that KVM wants on Intel CPUs which cannot run real mode by themselves; before any CPU exists.";
+    call(
+        "KVM_SET_IDENTITY_MAP_ADDR",
+        || (format!("{IDENTITY_MAP:#x}"), why),
+        || vm.fd().set_identity_map_address(IDENTITY_MAP),
+    )
+    .map_err(io::Error::from)
+    .context("KVM_SET_IDENTITY_MAP_ADDR")?;
     let tss = usize::try_from(TSS).context("KVM_SET_TSS_ADDR")?;
-    vm.fd().set_tss_address(tss).map_err(io::Error::from).context("KVM_SET_TSS_ADDR")?;
-    let line: Box<dyn IrqLine> = if config.irqchip == Some(IrqChip::None) {
-        Box::new(Unconnected)
-    } else {
-        vm.fd().create_irq_chip().map_err(io::Error::from).context("KVM_CREATE_IRQCHIP")?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.fd().create_pit2(pit).map_err(io::Error::from).context("KVM_CREATE_PIT2")?;
-        vm.line(SERIAL_IRQ)?
+    let why = "Three pages for the same purpose: a task state segment. Both lie where no guest looks.";
+    call("KVM_SET_TSS_ADDR", || (format!("{TSS:#x}"), why), || vm.fd().set_tss_address(tss))
+        .map_err(io::Error::from)
+        .context("KVM_SET_TSS_ADDR")?;
+    // A slot is made before in-kernel devices.
+    let mirror = mirror(vm, config);
+    let lines = match config.irqchip {
+        Some(IrqChip::None) => Inputs::None,
+        Some(IrqChip::Split) => Inputs::Split(split(vm)?),
+        _ => in_kernel(vm)?,
     };
+    let (line, power_line) = (lines.edge(vm, SERIAL_IRQ)?, lines.level(vm, POWER_IRQ));
+    let sockets = Sockets { mirror, ..sockets(vm, config, &lines) };
     let mut devices = Builder::default();
+    if let Inputs::Split(chip) = lines {
+        let id = devices.place(Space::Mmio, Span { start: IOAPIC, size: 0x1000 }, chip)?;
+        devices.hears_ends(id);
+    }
     let serial = devices.place(Space::Pio, Span { start: SERIAL, size: 8 }, Serial::new(Box::new(serial), line))?;
     devices.place(Space::Pio, Span { start: CMOS, size: 2 }, Cmos::new(Box::new(HostClock), &layout.ram))?;
     devices.place(Space::Pio, Span { start: DEBUG_EXIT, size: 4 }, DebugExit)?;
     devices.place(Space::Pio, Span { start: POWER_OFF, size: 2 }, PowerOff::default())?;
-    let keyboard = devices.add(I8042::default());
-    devices.attach(keyboard, Space::Pio, Span { start: I8042_DATA, size: 1 }, 0)?;
-    devices.attach(keyboard, Space::Pio, Span { start: I8042_COMMAND, size: 1 }, 4)?;
+    let mut power = None;
+    if config.platform == Some(Platform::Acpi) {
+        let button = Button::default();
+        let device = Power::new(button.clone(), power_line);
+        let device = devices.place(Space::Pio, Span { start: POWER, size: POWER_SIZE }, device)?;
+        power = Some(PowerButton { device, button, certain: false });
+        devices.place(Space::Pio, Span { start: PVPANIC, size: 1 }, PvPanic)?;
+    } else {
+        let keyboard = devices.add(I8042::default());
+        devices.attach(keyboard, Space::Pio, Span { start: I8042_DATA, size: 1 }, 0)?;
+        devices.attach(keyboard, Space::Pio, Span { start: I8042_COMMAND, size: 1 }, 4)?;
+    }
     if let Some(at) = config.debugcon {
         devices.place(at.space, Span { start: at.addr, size: 1 }, DebugConsole::new(Box::new(debug)))?;
     }
-    Ok(Board { buses: devices.finish(), serial, irqchip: Irqchip })
+    let bench = virtio::place(vm, config, ends, sockets, &mut devices)?;
+    if config.platform == Some(Platform::Acpi) && config.trace.is_none() {
+        POSTPONED.into_iter().for_each(|port| vm.postpone(port));
+    }
+    Ok(Board { buses: devices.finish(), serial, bench, power, irqchip: Irqchip })
+}
+
+/// A PC's interrupt controllers, inside KVM.
+fn in_kernel(vm: &Vm) -> Result<Inputs> {
+    let why = "A PC's interrupt controllers (two 8259A, an I/O APIC, a local APIC for each CPU), inside KVM.";
+    call("KVM_CREATE_IRQCHIP", || (String::new(), why), || vm.fd().create_irq_chip())
+        .map_err(io::Error::from)
+        .context("KVM_CREATE_IRQCHIP")?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    let why = "A PC's interval timer (8254), inside KVM; port 0x61 is answered there too.";
+    call("KVM_CREATE_PIT2", || ("flags KVM_PIT_SPEAKER_DUMMY".into(), why), || vm.fd().create_pit2(pit))
+        .map_err(io::Error::from)
+        .context("KVM_CREATE_PIT2")?;
+    Ok(Inputs::Kernel)
+}
+
+/// The inputs of the interrupt controllers, wherever these are.
+enum Inputs {
+    None,
+    Kernel,
+    Split(IoApic),
+}
+
+impl Inputs {
+    fn edge(&self, vm: &Vm, number: u32) -> Result<Box<dyn IrqLine>> {
+        match self {
+            Self::Kernel => vm.line(number),
+            other => Ok(other.level(vm, number)),
+        }
+    }
+
+    fn level(&self, vm: &Vm, number: u32) -> Box<dyn IrqLine> {
+        match self {
+            Self::None => Box::new(Unconnected),
+            Self::Kernel => vm.level(number),
+            Self::Split(chip) => chip.line(number as usize),
+        }
+    }
+}
+
+/// What virtio devices are plugged into.
+fn sockets(vm: &Vm, config: &Config, inputs: &Inputs) -> Sockets {
+    let acpi = config.platform == Some(Platform::Acpi);
+    let numbers = if acpi { INTX_INPUTS } else { INTX_LEGACY };
+    let there = !matches!(inputs, Inputs::None) && config.virtio_devices() > 0;
+    let shared = |number: &u32| (*number, Shared::new(inputs.level(vm, *number)));
+    let made: BTreeMap<_, _> = numbers.iter().filter(|_| there).map(shared).collect();
+    if there && matches!(inputs, Inputs::Kernel) {
+        vm.routes().set_inputs(kernel_inputs(), true);
+    }
+    Sockets {
+        lines: numbers.iter().filter_map(|number| made.get(number).cloned()).collect(),
+        numbers: numbers.map(|number| number.to_le_bytes()[0]),
+        messages: there,
+        senders: false,
+        ports: Some(PCI_PORTS),
+        mirror: None,
+    }
+}
+
+impl Mirror for Shown {
+    fn show(&self, page: u64, bytes: &[u8]) {
+        // No more than there are functions is ever shown, and those have their pages.
+        let _ = self.put(page, bytes);
+    }
+}
+
+/// PCI's configuration space as memory, where ACPI tells the guest of it. A trace shows every access, so there is none then.
+fn mirror(vm: &Vm, config: &Config) -> Option<Box<dyn Mirror>> {
+    if !config.has_pci() || config.platform != Some(Platform::Acpi) || config.trace.is_some() {
+        return None;
+    }
+    let at = Span { start: PCI_ECAM, size: PCI_ECAM_SIZE };
+    // A host that cannot has the exits.
+    vm.show(at, &pages(config.virtio_devices())).ok().map(|shown| Box::new(shown) as _)
+}
+
+/// The routes that KVM_CREATE_IRQCHIP makes: each input of the I/O APIC, and the first 16 to the 8259As too.
+fn kernel_inputs() -> Vec<kvm_irq_routing_entry> {
+    let entry = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
+        ..Default::default()
+    };
+    let both =
+        (0..16).map(|gsi| entry(gsi, if gsi < 8 { KVM_IRQCHIP_PIC_MASTER } else { KVM_IRQCHIP_PIC_SLAVE }, gsi % 8));
+    both.chain((0..PINS as u32).map(|gsi| entry(gsi, KVM_IRQCHIP_IOAPIC, gsi))).collect()
+}
+
+/// Local APICs in KVM, and an I/O APIC of ours in front of them.
+fn split(vm: &Vm) -> Result<IoApic> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    if let Some(pins) = cap.args.first_mut() {
+        *pins = PINS as u64;
+    }
+    let why = "Each CPU gets its local APIC in KVM; the I/O APIC is Bantam's, and sends it messages.";
+    call("KVM_ENABLE_CAP", || (format!("KVM_CAP_SPLIT_IRQCHIP, {PINS} inputs"), why), || vm.fd().enable_cap(&cap))
+        .map_err(io::Error::from)
+        .context("KVM_CAP_SPLIT_IRQCHIP")?;
+    Ok(IoApic::new(Box::new(vm.messages())))
+}
+
+impl Messages for KernelMessages {
+    fn send(&self, Message { address, data }: Message) -> bool {
+        KernelMessages::send(self, address, data)
+    }
+
+    fn expect_ends(&self, inputs: &[(usize, Message)]) {
+        // There are 24.
+        KernelMessages::expect_ends(self, inputs.iter().map(|(pin, sent)| (*pin as u32, sent.address, sent.data)));
+    }
+}
+
+impl Outcome for CpuId {
+    fn show(&self) -> String {
+        format!("{} entries", self.as_slice().len())
+    }
 }
 
 /// The CPUID that KVM supports, asked once a process: each leaf is a trap on a virtual host.
@@ -69,7 +246,11 @@ fn supported_cpuid() -> Result<&'static CpuId> {
     if let Some(cpuid) = CPUID.get() {
         return Ok(cpuid);
     }
-    let cpuid = kvm()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("KVM_GET_SUPPORTED_CPUID")?;
+    let kvm = kvm()?;
+    let why = "What the CPUID instruction can say in a guest on this host.";
+    let cpuid =
+        call("KVM_GET_SUPPORTED_CPUID", || (String::new(), why), || kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
+            .context("KVM_GET_SUPPORTED_CPUID")?;
     Ok(CPUID.get_or_init(|| cpuid))
 }
 
@@ -89,7 +270,24 @@ pub fn prepare(_vm: &Vm, vcpus: &[Vcpu], config: &Config, _board: &mut Board) ->
     if config.cpuid == Some(Cpuid::None) {
         return Ok(());
     }
-    vcpus.iter().try_for_each(|vcpu| tell_cpuid(vcpu, config))
+    let local_apic = config.irqchip != Some(IrqChip::None);
+    // The frequency is the same for all.
+    let why = "How fast the guest's time-stamp counter runs, for CPUID to tell.";
+    let khz = |vcpu: &Vcpu| call("KVM_GET_TSC_KHZ", || (String::new(), why), || vcpu.fd().get_tsc_khz()).ok();
+    let tsc_khz = vcpus.first().and_then(khz);
+    for vcpu in vcpus {
+        tell_cpuid(vcpu, arch::Identity { id: vcpu.id(), cpus: config.cpus, local_apic, tsc_khz })?;
+        if config.platform == Some(Platform::Acpi) {
+            arch::as_firmware_leaves_it(vcpu.fd(), local_apic, config.irqchip != Some(IrqChip::Split))
+                .with_context(|| format!("CPU {}", vcpu.id()))?;
+        }
+    }
+    Ok(())
+}
+
+/// What this host's KVM has to solder on: its capabilities say all of it.
+pub fn host_facts(_vm: &Vm) -> Vec<(&'static str, String)> {
+    Vec::new()
 }
 
 /// Whether a machine whose CPUs all said that they are halted for good may go on after all: what a halted CPU of a PC
@@ -105,15 +303,15 @@ pub fn can_wake(_board: &Board, _vcpus: &[Vcpu], _memory: &Memory) -> Result<boo
 ///
 /// # Errors
 /// None here.
-pub fn device_tree(_config: &Config, _layout: &Layout) -> Result<Option<Vec<u8>>> {
+pub fn device_tree(_config: &Config, _layout: &Layout, _chosen: &Chosen) -> Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-fn tell_cpuid(vcpu: &Vcpu, config: &Config) -> Result<()> {
-    let local_apic = config.irqchip != Some(IrqChip::None);
-    let cpuid = arch::cpuid(supported_cpuid()?, vcpu.id(), config.cpus, local_apic);
-    vcpu.fd()
-        .set_cpuid2(&cpuid)
+fn tell_cpuid(vcpu: &Vcpu, identity: arch::Identity) -> Result<()> {
+    let cpuid = arch::cpuid(supported_cpuid()?, identity);
+    let why = "What the CPUID instruction says on this CPU: the host's answers, with this CPU's number in them.";
+    let fields = || (format!("vCPU {}, {} entries", vcpu.id(), cpuid.as_slice().len()), why);
+    call("KVM_SET_CPUID2", fields, || vcpu.fd().set_cpuid2(&cpuid))
         .map_err(io::Error::from)
         .with_context(|| format!("KVM_SET_CPUID2 of CPU {}", vcpu.id()))
 }
