@@ -10,6 +10,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::words::{Taken, Words};
+use crate::trace::Filter;
+
+mod words;
+
 /// The machine to build and how to run it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -17,9 +22,9 @@ pub struct Config {
     /// Guest RAM: bytes, or a number with K, M or G (powers of 1024); a multiple of the page size [default: 512M]
     #[arg(long, value_name = "SIZE", help_heading = "Machine", required = false)]
     pub memory: Size,
-    /// Number of virtual CPUs [default: 1]
-    #[arg(long, value_name = "N", value_parser = small_number, allow_negative_numbers = true, help_heading = "Machine", required = false)]
-    pub cpus: u32,
+    /// Virtual CPUs: a number, or sockets=N,cores=N,threads=N (cores a socket, threads a core; x86-64) [default: 1]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = "Machine", required = false)]
+    pub cpus: Cpus,
     /// The machine's name [default: bantam-PID]
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
     pub name: Option<String>,
@@ -27,12 +32,24 @@ pub struct Config {
     #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Machine", required = false)]
     pub hugepages: bool,
     /// Interrupt controllers: `none` (HLT ends the machine; default for a flat guest with one CPU), `kernel` (KVM's own;
-    /// default for everything else) or `split` (not yet)
+    /// default for everything else) or `split` (local APICs in KVM, an I/O APIC in Bantam, no 8259A and 8254; x86-64)
     #[arg(long, value_name = "WHERE", help_heading = "Machine")]
     pub irqchip: Option<IrqChip>,
     /// The interrupt controller's version on arm64: 2 or 3 [default: 3 where the host has it, else 2]
     #[arg(long, value_name = "VERSION", help_heading = "Machine")]
     pub gic: Option<Gic>,
+    /// What takes the message-signalled interrupts of devices on arm64: `its` (of GICv3) or `none` [default: its where the
+    /// host has it]
+    #[arg(long, value_name = "WHAT", help_heading = "Machine")]
+    pub msi: Option<Msi>,
+    /// What arm64 CPUs have in addition, a list with commas: `pmu` (performance counters), `sve` (scalable vectors); refused
+    /// where the host has it not
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Machine", required = false)]
+    pub cpu_features: Vec<CpuFeature>,
+    /// How a PC presents itself: `acpi` (hardware-reduced ACPI, no i8042; default for Linux) or `legacy` (ports where hobby
+    /// kernels look for them; default for everything else)
+    #[arg(long, value_name = "KIND", help_heading = "Machine")]
+    pub platform: Option<Platform>,
     /// Guest-physical address of the first byte of RAM [default: 0 on x86-64, 0x40000000 on arm64]
     #[arg(long, value_name = "ADDR", help_heading = "Machine")]
     pub ram_base: Option<Addr>,
@@ -56,12 +73,15 @@ pub struct Config {
     /// Where the device tree of an arm64 machine lies; it must fit there [default: as high in RAM as it fits, or nowhere]
     #[arg(long, value_name = "ADDR", help_heading = "Guest")]
     pub fdt_at: Option<Addr>,
-    /// A file handed to the guest: a multiboot module, repeatable (Linux's initial RAM disk is not yet)
+    /// A file handed to the guest: a multiboot module, or Linux's initial RAM disk; repeatable (Linux gets them as one)
     #[arg(long, value_name = "FILE", help_heading = "Guest", required = false)]
     pub initrd: Vec<PathBuf>,
     /// The guest's command line
     #[arg(long, value_name = "TEXT", help_heading = "Guest")]
     pub cmdline: Option<String>,
+    /// Add nothing to Linux's command line (else: the console, and what makes a virtual machine boot fast, unless said)
+    #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Guest", required = false)]
+    pub cmdline_raw: bool,
 
     /// What the serial port is connected to: stdio, none, file:PATH or unix:PATH [default: stdio]
     #[arg(long, value_name = "TO", help_heading = "Input and output", required = false)]
@@ -70,12 +90,46 @@ pub struct Config {
     #[arg(long, value_name = "WHERE", num_args = 0..=1, default_missing_value = "pio:0xe9", help_heading = "Input and output")]
     pub debugcon: Option<DebugConsole>,
 
+    /// How the guest reaches its virtio devices: `pci` or `mmio` [default: pci]
+    #[arg(long, value_name = "HOW", help_heading = "Virtio devices")]
+    pub transport: Option<Transport>,
+    /// Where a driver's notification goes: `ioeventfd` wakes the device's thread inside KVM, `exit` makes an exit, so that
+    /// a trace shows it [default: ioeventfd]
+    #[arg(long, value_name = "HOW", help_heading = "Virtio devices")]
+    pub doorbell: Option<Doorbell>,
+    /// A disk (repeatable): `PATH[,ro][,format=raw|qcow2][,queues=N][,cache=writeback|none][,serial=TEXT][,rate=N[iops]]`;
+    /// a comma in PATH is written twice (docs/disks.md)
+    #[arg(long, value_name = "PATH,…", help_heading = "Virtio devices", required = false)]
+    pub disk: Vec<Words>,
+    /// A network: `user` (what this user reaches, by passt), `tap:NAME` (an interface of the host's), or `socket:PATH` (another
+    /// machine, one of the two with `,listen`); then `,mac=`, `,mtu=`, and for tap `,queues=`; repeatable
+    #[arg(long, value_name = "OPTIONS", help_heading = "Virtio devices", required = false)]
+    pub net: Vec<Words>,
+    /// Sockets between guest and host: `cid=N,path=SOCKET`. Connect to SOCKET and say `CONNECT port`; the guest's
+    /// connections to port P of the host go to SOCKET_P
+    #[arg(long, value_name = "OPTIONS", help_heading = "Virtio devices")]
+    pub vsock: Option<Words>,
+    /// A console on virtio (Linux: hvc0): stdio, none, file:PATH or unix:PATH. With stdio what is typed goes there and not to
+    /// the serial port, whose output is still shown, and hvc0 is Linux's console [default: none]
+    #[arg(long, value_name = "TO", help_heading = "Virtio devices")]
+    pub console: Option<Serial>,
+    /// A balloon, by which `bantam balloon` takes memory from a guest that goes on; what the guest has free goes back to
+    /// the host by itself
+    #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Virtio devices", required = false)]
+    pub balloon: bool,
+    /// A source of random numbers: `on` or `off` [default: on for Linux]
+    #[arg(long, value_name = "SWITCH", help_heading = "Virtio devices")]
+    pub rng: Option<Switch>,
+
     /// End the machine with status 0 once the guest has written TEXT to a console
     #[arg(long, value_name = "TEXT", help_heading = "Life")]
     pub until: Option<String>,
     /// End the machine with status 124 after this many seconds (fractions allowed)
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Life")]
     pub timeout: Option<Seconds>,
+    /// How long the guest has to switch itself off once its power button was pressed (`bantam stop`, SIGTERM) [default: 30]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Life")]
+    pub stop_timeout: Option<Seconds>,
     /// End the machine with status 124 after this many exits of all CPUs
     #[arg(long, value_name = "N", value_parser = number, allow_negative_numbers = true, help_heading = "Life")]
     pub max_exits: Option<u64>,
@@ -83,20 +137,59 @@ pub struct Config {
     #[arg(long, num_args = 0, action = clap::ArgAction::Set, default_missing_value = "true", help_heading = "Life", required = false)]
     pub reboot: bool,
 
-    /// Print one line for each exit to stderr, or to FILE
+    /// Tell every KVM call on stderr, with its arguments, its result, its time and why it is made: as text, or (json) one
+    /// object a line
+    #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "text", help_heading = "Looking in")]
+    pub explain: Option<Explain>,
+    /// When the guest dies, write its RAM and registers to FILE as an ELF core file, for gdb; untouched RAM is a hole
+    #[arg(long, value_name = "FILE", help_heading = "Looking in")]
+    pub core: Option<PathBuf>,
+    /// Print one line for each exit to stderr, or to FILE; a FILE that ends in .json gets trace events, which
+    /// ui.perfetto.dev shows
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-", help_heading = "Looking in")]
     pub trace: Option<PathBuf>,
+    /// Trace these exits only: io, mmio, read, write, halt, irq, vcpu=N, device=NAME, an address or FIRST..LAST; `&` joins
+    /// conditions, `|` alternatives
+    #[arg(long, value_name = "TERMS", help_heading = "Looking in")]
+    pub trace_filter: Option<Filter>,
+    /// What a trace for a viewer (FILE.json) may keep in memory, at least 1M; when it is full the oldest give way
+    /// [default: 64M]
+    #[arg(long, value_name = "SIZE", help_heading = "Looking in")]
+    pub trace_memory: Option<Size>,
+    /// Say in the trace which instruction caused each exit
+    #[arg(long, help_heading = "Looking in")]
+    pub trace_insn: bool,
+    /// An ELF file with names for the guest's addresses [default: the guest, where it is one]
+    #[arg(long, value_name = "FILE", help_heading = "Looking in")]
+    pub symbols: Option<PathBuf>,
+    /// Keep the last 32 exits for a report [default: on]
+    #[arg(long, value_name = "SWITCH", help_heading = "Looking in")]
+    pub last_exits: Option<Switch>,
+    /// Count exits, times and faults: a table on stderr at the end and on SIGUSR1, or JSON in FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-", help_heading = "Looking in")]
+    pub stats: Option<PathBuf>,
+    /// Tell the statistics every so many seconds too (implies --stats)
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Looking in")]
+    pub stats_interval: Option<Seconds>,
+    /// Report a CPU that stalls, once each time; it goes on. Stalled is who for so many seconds runs, makes no exit, waits
+    /// for no interrupt and stays within 4 KiB of code; each CPU is looked at eight times in that span, or every second.
+    /// On arm64 a CPU that does not leave its exception vectors, always with the same exception, has died
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, help_heading = "Looking in")]
+    pub watchdog: Option<Seconds>,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
             memory: Size(512 << 20),
-            cpus: 1,
+            cpus: Cpus::default(),
             name: None,
             hugepages: false,
             irqchip: None,
             gic: None,
+            msi: None,
+            cpu_features: Vec::new(),
+            platform: None,
             ram_base: None,
             load_at: None,
             entry: None,
@@ -106,13 +199,33 @@ impl Default for Config {
             fdt_at: None,
             initrd: Vec::new(),
             cmdline: None,
+            cmdline_raw: false,
             serial: Serial::Stdio,
             debugcon: None,
+            transport: None,
+            doorbell: None,
+            disk: Vec::new(),
+            net: Vec::new(),
+            vsock: None,
+            console: None,
+            balloon: false,
+            rng: None,
             until: None,
             timeout: None,
+            stop_timeout: None,
             max_exits: None,
             reboot: false,
+            explain: None,
+            core: None,
             trace: None,
+            trace_filter: None,
+            trace_memory: None,
+            trace_insn: false,
+            symbols: None,
+            last_exits: None,
+            stats: None,
+            stats_interval: None,
+            watchdog: None,
         }
     }
 }
@@ -125,8 +238,86 @@ pub enum IrqChip {
     None,
     /// In KVM.
     Kernel,
-    /// Local APICs in KVM, the rest in Bantam (not yet).
+    /// Local APICs in KVM, the I/O APIC in Bantam.
     Split,
+}
+
+/// How a guest reaches its virtio devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// As PCI functions.
+    Pci,
+    /// As pages of registers, which ACPI or the device tree names.
+    Mmio,
+}
+
+/// What a driver's notification does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Doorbell {
+    /// Wakes the device's thread, inside KVM.
+    Ioeventfd,
+    /// Makes an exit.
+    Exit,
+}
+
+/// Something that is there or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Switch {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
+impl Config {
+    /// How many virtio devices the machine has.
+    pub fn virtio_devices(&self) -> usize {
+        let there = [self.vsock.is_some(), self.has_console(), self.balloon, self.rng == Some(Switch::On)];
+        self.disk.len() + self.net.len() + there.into_iter().filter(|there| *there).count()
+    }
+
+    /// There is a console on virtio.
+    pub fn has_console(&self) -> bool {
+        self.console.as_ref().is_some_and(|to| *to != Serial::None)
+    }
+
+    /// It is the one that a person looks at.
+    pub fn console_is_first(&self) -> bool {
+        self.has_console() && (self.console == Some(Serial::Stdio) || self.serial == Serial::None)
+    }
+
+    /// The machine has a PCI bus.
+    pub fn has_pci(&self) -> bool {
+        self.virtio_devices() > 0 && self.transport != Some(Transport::Mmio)
+    }
+
+    /// How many virtio devices the machine has as pages of registers.
+    pub fn virtio_pages(&self) -> usize {
+        if self.has_pci() { 0 } else { self.virtio_devices() }
+    }
+}
+
+/// How a PC presents itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Platform {
+    /// Ports where a PC has them, found by looking.
+    Legacy,
+    /// ACPI tables that name what there is.
+    Acpi,
+}
+
+/// How a machine's KVM calls are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Explain {
+    /// A line for the call, a line for the reason.
+    Text,
+    /// One JSON object a line.
+    Json,
 }
 
 /// What a guest's CPUID instruction says.
@@ -150,6 +341,26 @@ pub enum Gic {
     #[serde(rename = "3")]
     #[value(name = "3")]
     V3,
+}
+
+/// What takes message-signalled interrupts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Msi {
+    /// Nothing: devices have wires only.
+    None,
+    /// GICv3's Interrupt Translation Service.
+    Its,
+}
+
+/// What an arm64 CPU may have in addition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum CpuFeature {
+    /// Performance counters, PMUv3.
+    Pmu,
+    /// The Scalable Vector Extension.
+    Sve,
 }
 
 /// The processor mode a flat guest starts in.
@@ -219,7 +430,72 @@ macro_rules! serde_as_text {
         }
     )*};
 }
-serde_as_text!(Size, Addr, Entry, RegValue, Serial, DebugConsole, Seconds);
+serde_as_text!(Size, Cpus, Addr, Entry, RegValue, Serial, DebugConsole, Seconds, Filter);
+
+/// The machine's CPUs: so many in each of so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cpus {
+    /// Packages.
+    pub sockets: u32,
+    /// Cores of each.
+    pub cores: u32,
+    /// Threads of each core.
+    pub threads: u32,
+}
+
+impl Cpus {
+    /// Cores of one package.
+    pub fn cores(cores: u32) -> Self {
+        Self { sockets: 1, cores, threads: 1 }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.sockets.saturating_mul(self.cores).saturating_mul(self.threads)
+    }
+}
+
+impl Default for Cpus {
+    fn default() -> Self {
+        Self::cores(1)
+    }
+}
+
+impl FromStr for Cpus {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        if !text.contains('=') {
+            return small_number(text).map(Self::cores);
+        }
+        let mut cpus = Self::default();
+        let mut said = Vec::new();
+        for part in text.split(',') {
+            let (name, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not NAME=N"))?;
+            let place = match name {
+                "sockets" => &mut cpus.sockets,
+                "cores" => &mut cpus.cores,
+                "threads" => &mut cpus.threads,
+                _ => return Err(format!("{name:?} is not sockets, cores or threads")),
+            };
+            if said.contains(&name) {
+                return Err(format!("{name} is said twice"));
+            }
+            said.push(name);
+            *place = small_number(value)?;
+        }
+        Ok(cpus)
+    }
+}
+
+impl fmt::Display for Cpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { sockets, cores, threads } = self;
+        match (sockets, threads) {
+            (1, 1) => write!(f, "{cores}"),
+            _ => write!(f, "sockets={sockets},cores={cores},threads={threads}"),
+        }
+    }
+}
 
 /// A number of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -474,7 +750,7 @@ mod tests {
         let text = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<Config>(&text).unwrap(), config);
         let toml: Config = toml::from_str("memory = \"1M\"\ncpus = 2\ntimeout = 3\nirqchip = \"kernel\"").unwrap();
-        assert_eq!((toml.memory, toml.cpus, toml.irqchip), (Size(1 << 20), 2, Some(IrqChip::Kernel)));
+        assert_eq!((toml.memory, toml.cpus, toml.irqchip), (Size(1 << 20), Cpus::cores(2), Some(IrqChip::Kernel)));
         assert!(toml::from_str::<Config>("memroy = 1").is_err());
     }
 }

@@ -29,8 +29,17 @@ pub struct Elf {
     pub wide: bool,
     /// What to load.
     pub program: Program,
-    /// What its notes say that it is for.
+    /// What its notes say.
+    pub notes: Notes,
+}
+
+/// What the notes of an ELF say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// What it is for.
     pub system: Option<System>,
+    /// Where it is entered as a PVH guest: in 32-bit mode, at this physical address.
+    pub pvh: Option<u64>,
 }
 
 /// Who an ELF is by its notes, where that makes it no guest.
@@ -127,21 +136,31 @@ fn program_headers(image: &Image, header: &FileHeader<LittleEndian>) -> Result<V
 /// What a file's notes say. A broken note says nothing.
 ///
 /// A note of the owner "Linux" is in every Linux kernel since 2007 (include/linux/elfnote.h). The GNU ABI tag comes with
-/// the C library's start files: a program that has it calls an operating system, even where it is linked statically.
-fn system(image: &Image, header: &FileHeader<LittleEndian>, programs: &[ProgramHeader]) -> Option<System> {
-    let mut budget = NOTES;
-    programs.iter().filter(|p| p.p_type == abi::PT_NOTE).find_map(|note| {
-        let size = note.p_filesz.min(budget);
+/// the C library's start files: a program that has it calls an operating system, even where it is linked statically. The
+/// entry of PVH is note 18 of the owner "Xen" (xen/include/public/elfnote.h, XEN_ELFNOTE_PHYS32_ENTRY).
+fn notes(image: &Image, header: &FileHeader<LittleEndian>, programs: &[ProgramHeader]) -> Notes {
+    const PHYS32_ENTRY: u64 = 18;
+    let (mut budget, mut found) = (NOTES, Notes::default());
+    for segment in programs.iter().filter(|p| p.p_type == abi::PT_NOTE) {
+        let size = segment.p_filesz.min(budget);
         budget -= size;
         let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
-        image.read_at(note.p_offset, &mut bytes).ok()?;
-        let align = if note.p_align == 8 { 8 } else { 4 };
-        NoteIterator::new(LittleEndian, header.class, align, &bytes).find_map(|note| match note {
-            Note::Unknown(any) if any.name == b"Linux\0" => Some(System::Linux),
-            Note::GnuAbiTag(_) => Some(System::Program),
-            _ => None,
-        })
-    })
+        if image.read_at(segment.p_offset, &mut bytes).is_err() {
+            continue;
+        }
+        let align = if segment.p_align == 8 { 8 } else { 4 };
+        for note in NoteIterator::new(LittleEndian, header.class, align, &bytes) {
+            match note {
+                Note::Unknown(any) if any.name == b"Linux\0" => found.system = Some(System::Linux),
+                Note::GnuAbiTag(_) => found.system = found.system.or(Some(System::Program)),
+                Note::Unknown(any) if any.name == b"Xen\0" && any.n_type == PHYS32_ENTRY => {
+                    found.pvh = any.desc.first_chunk().map(|entry| u32::from_le_bytes(*entry).into());
+                }
+                _ => {}
+            }
+        }
+    }
+    found
 }
 
 fn segments(programs: &[ProgramHeader]) -> Result<Vec<Segment>, Refusal> {
@@ -178,6 +197,31 @@ pub fn program_of_a_system(why: &str) -> Refusal {
         .hint("link a guest statically, with no standard library and no start files")
 }
 
+fn section_table(header: &FileHeader<LittleEndian>) -> Option<SectionTable> {
+    let sound = header.e_shoff != 0
+        && header.e_shnum != 0
+        && usize::from(header.e_shentsize) == SectionHeader::size_for(header.class);
+    sound.then_some(SectionTable {
+        class: header.class,
+        offset: header.e_shoff,
+        count: header.e_shnum,
+        entry_size: header.e_shentsize,
+        names: header.e_shstrndx,
+    })
+}
+
+/// The section headers of a file that need not be a guest.
+///
+/// # Errors
+/// It is no ELF, or cut short.
+pub fn sections(image: &Image) -> Result<Option<SectionTable>> {
+    let head = image.head(64)?;
+    if !is_elf(&head) {
+        return Err(refuse("it is no ELF file").into());
+    }
+    Ok(section_table(&file_header(image, &head)?))
+}
+
 /// Reads the headers of an ELF file whose first bytes are `head`.
 ///
 /// # Errors
@@ -194,15 +238,6 @@ pub fn read(image: &Image, head: &[u8]) -> Result<Elf> {
         return Err(refuse("this ELF has no segment to load").into());
     }
     let mut program = Program::new(image, segments, entry(&header, &programs))?;
-    let sound = header.e_shoff != 0
-        && header.e_shnum != 0
-        && usize::from(header.e_shentsize) == SectionHeader::size_for(header.class);
-    program.sections = sound.then_some(SectionTable {
-        class: header.class,
-        offset: header.e_shoff,
-        count: header.e_shnum,
-        entry_size: header.e_shentsize,
-        names: header.e_shstrndx,
-    });
-    Ok(Elf { wide: header.class == Class::ELF64, program, system: system(image, &header, &programs) })
+    program.sections = section_table(&header);
+    Ok(Elf { wide: header.class == Class::ELF64, program, notes: notes(image, &header, &programs) })
 }

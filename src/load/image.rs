@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::packed::{self, Packed};
 use crate::error::{Refusal, refuse};
 use crate::memory::{Memory, Span};
 
@@ -27,6 +28,13 @@ pub struct Image {
 enum Source {
     File(File),
     Bytes(Cow<'static, [u8]>),
+    /// What is packed in a file.
+    Packed(Box<Image>, Packed),
+}
+
+/// The `N` bytes at `offset` of a file's first ones, if they are there.
+pub fn at<const N: usize>(head: &[u8], offset: usize) -> Option<[u8; N]> {
+    head.get(offset..)?.first_chunk().copied()
 }
 
 /// A path as one line of plain text, whatever bytes it has.
@@ -75,6 +83,20 @@ impl Image {
         Self { name: name.into(), len: bytes.len() as u64, source: Source::Bytes(Cow::Owned(bytes)) }
     }
 
+    /// What is packed in this file, instead of the file. It can be read from its start only.
+    #[must_use]
+    pub fn unpacked(self, packed: Packed) -> Image {
+        Self { name: self.name.clone(), len: self.len, source: Source::Packed(Box::new(self), packed) }
+    }
+
+    /// How it is packed, where it is.
+    pub fn packed(&self) -> Option<Packed> {
+        match &self.source {
+            Source::Packed(_, packed) => Some(*packed),
+            Source::File(_) | Source::Bytes(_) => None,
+        }
+    }
+
     /// What to call it: the path it was opened by, or its built-in name; always one line.
     pub fn name(&self) -> &str {
         &self.name
@@ -102,6 +124,7 @@ impl Image {
                 file.read_exact_at(into, offset).with_context(|| format!("reading {size} bytes at {offset:#x}"))?;
             }
             Source::Bytes(bytes) => into.copy_from_slice(piece(bytes, offset, size)?),
+            Source::Packed(..) => return Err(refuse("what is packed in it cannot be read from its middle").into()),
         }
         Ok(())
     }
@@ -111,6 +134,9 @@ impl Image {
     /// # Errors
     /// The file cannot be read.
     pub fn head(&self, most: usize) -> Result<Vec<u8>> {
+        if let Source::Packed(file, packed) = &self.source {
+            return packed::head(file, *packed, most);
+        }
         let mut head = vec![0; usize::try_from(self.len).map_or(most, |len| len.min(most))];
         self.read_at(0, &mut head)?;
         Ok(head)
@@ -125,7 +151,47 @@ impl Image {
         match &self.source {
             Source::File(file) => memory.fill_from(span, file, offset),
             Source::Bytes(bytes) => memory.write(span.start, piece(bytes, offset, span.size)?),
+            Source::Packed(..) => Err(refuse("what is packed in it cannot be loaded in parts").into()),
         }
+    }
+
+    /// Copies all of it to the start of `span`, of a file that is not packed no more than fits; says how much it was.
+    ///
+    /// # Errors
+    /// It cannot be read, what is packed is broken or does not fit, or the span is not RAM.
+    pub fn pour(&self, memory: &Memory, span: Span) -> Result<u64> {
+        let Source::Packed(file, packed) = &self.source else {
+            let Some(part) = Span::new(span.start, self.len.min(span.size)) else { return Ok(0) };
+            return self.copy_to(memory, part, 0).map(|()| part.size);
+        };
+        let write = |offset, piece: &[u8]| memory.write(span.start.saturating_add(offset), piece).map(|()| true);
+        // The rest of RAM is not used yet, so that much of it is to spare.
+        let ram: u64 = memory.slots().iter().map(|slot| slot.span.size).sum();
+        let spare = packed::KEPT.saturating_add(ram.saturating_sub(span.size));
+        packed::unpack(file, *packed, span.size, spare, write)
+    }
+
+    /// Shows its first `limit` bytes to `look`, piece by piece with their offsets, until that answers false; of what zstd
+    /// has packed, the first 32 MiB at most.
+    ///
+    /// # Errors
+    /// It cannot be read, or what is packed is broken.
+    pub fn scan(&self, limit: u64, mut look: impl FnMut(u64, &[u8]) -> bool) -> Result<()> {
+        if let Source::Packed(file, packed) = &self.source {
+            let limit = limit.min(packed.scanned());
+            return packed::unpack(file, *packed, limit, packed::KEPT, |at, piece| Ok(look(at, piece))).map(|_| ());
+        }
+        let (end, mut at, mut piece) = (self.len.min(limit), 0, vec![0; 1 << 16]);
+        while at < end {
+            let size = usize::try_from(end - at).map_or(piece.len(), |left| left.min(piece.len()));
+            let part = piece.get_mut(..size).context("buffer")?;
+            self.read_at(at, part)?;
+            if !look(at, part) {
+                break;
+            }
+            at += size as u64;
+        }
+        Ok(())
     }
 
     /// `[offset, offset + size)` lies in the file.

@@ -5,26 +5,34 @@
 //! the file is an enemy. No value from it sizes an allocation, bounds a loop or leads to an address unchecked, and
 //! nothing is written outside of RAM and the boot tables.
 
+mod arm_image;
+mod bzimage;
 mod describe;
 mod elf;
 mod flat;
 mod fuzz;
 mod image;
+mod initramfs;
 mod linux;
 // Multiboot is of the PC; other architectures recognise it, to say so.
 mod multiboot;
 mod multiboot1;
 mod multiboot2;
+mod packed;
 mod place;
 mod program;
+mod start_info;
 mod symbols;
 #[cfg(test)]
 mod tests;
 
 use anyhow::{Context, Result};
 
+pub use bzimage::Header as BzHeader;
 pub use fuzz::fuzz_one;
 pub use image::Image;
+pub use initramfs::archive;
+pub use linux::Kernel;
 pub use multiboot::AddressFields;
 pub use multiboot1::Header as Multiboot1Header;
 pub use multiboot2::Header as Multiboot2Header;
@@ -32,10 +40,11 @@ pub use program::{Program, Segment};
 pub use symbols::SectionTable;
 
 use crate::arch::{self, BootRegs, Layout};
-use crate::board;
-use crate::config::{Config, CpuMode, Cpuid, IrqChip};
+use crate::board::{self, Chosen};
+use crate::config::{Config, CpuMode, Cpuid, IrqChip, Switch};
 use crate::error::{Refusal, refuse, usage};
 use crate::memory::{Memory, Span};
+use crate::trace::Symbols as Names;
 use place::Places;
 
 /// A guest and what it was found to be.
@@ -45,6 +54,8 @@ pub struct Guest {
     pub format: Format,
     /// Its bytes.
     pub image: Image,
+    /// An initial RAM disk that comes with it, before those of `--initrd`.
+    pub initrd: Option<Image>,
 }
 
 /// The formats that Bantam runs.
@@ -70,6 +81,8 @@ pub enum Format {
         /// What to load.
         program: Program,
     },
+    /// Linux, or a kernel that is entered as Linux can be.
+    Linux(Kernel),
 }
 
 impl Format {
@@ -81,6 +94,7 @@ impl Format {
             Self::Elf64(_) => "an ELF64 file",
             Self::Multiboot1 { .. } => "a multiboot 1 kernel",
             Self::Multiboot2 { .. } => "a multiboot 2 kernel",
+            Self::Linux(kernel) => kernel.name(),
         }
     }
 
@@ -88,6 +102,7 @@ impl Format {
     pub fn program(&self) -> Option<&Program> {
         match self {
             Self::Flat => None,
+            Self::Linux(kernel) => kernel.program(),
             Self::Elf32(program) | Self::Elf64(program) => Some(program),
             Self::Multiboot1 { program, .. } | Self::Multiboot2 { program, .. } => Some(program),
         }
@@ -98,7 +113,16 @@ impl Format {
         match self {
             Self::Flat => arch::FLAT_MODE,
             Self::Elf64(_) => arch::ELF64_MODE,
+            Self::Linux(kernel) => kernel.cpu_mode(),
             Self::Elf32(_) | Self::Multiboot1 { .. } | Self::Multiboot2 { .. } => CpuMode::Protected,
+        }
+    }
+
+    /// The page size that its page tables will have, where it says it.
+    pub fn page_size(&self) -> Option<u32> {
+        match self {
+            Self::Linux(Kernel::Arm(header)) => header.page,
+            _ => None,
         }
     }
 
@@ -107,32 +131,74 @@ impl Format {
     }
 }
 
+/// Names for the addresses of a guest: from the file of `--symbols`, or else from the guest itself.
+///
+/// # Errors
+/// The file of `--symbols` cannot be read, is no ELF, or names no code.
+pub fn symbols(config: &Config, guest: &Guest) -> Result<Names> {
+    let Some(path) = &config.symbols else {
+        let own = guest.format.program().and_then(|program| program.sections);
+        return Ok(Names::new(own.map(|table| symbols::names(&guest.image, table)).unwrap_or_default()));
+    };
+    let file = Image::open(path).context("--symbols")?;
+    let table = elf::sections(&file).with_context(|| format!("--symbols {}", file.name()))?;
+    let names = Names::new(table.map(|table| symbols::names(&file, table)).unwrap_or_default());
+    if names.is_empty() {
+        return Err(refuse(format!("--symbols {}: it names no code", file.name())).into());
+    }
+    Ok(names)
+}
+
 /// Finds out what a file is.
 ///
 /// # Errors
 /// It is nothing that this host can run, and why.
 pub fn identify(image: Image) -> Result<Guest> {
-    let format = format(&image).with_context(|| image.name().to_owned())?;
-    Ok(Guest { format, image })
+    let name = image.name().to_owned();
+    recognise(image).context(name)
 }
 
-fn format(image: &Image) -> Result<Format> {
+fn recognise(image: Image) -> Result<Guest> {
     if image.is_empty() {
         return Err(refuse("it is empty").into());
     }
-    let head = image.head(multiboot2::SEARCH)?;
-    linux::refuse_image(&head)?;
-    let elf = if elf::is_elf(&head) { Some(elf::read(image, &head)?) } else { None };
-    if let Some(format) = multiboot(image, &head, elf.as_ref())? {
+    let (image, head) = packed::open(image, multiboot2::SEARCH)?;
+    Ok(Guest { format: format(&image, &head)?, image, initrd: None })
+}
+
+fn format(image: &Image, head: &[u8]) -> Result<Format> {
+    linux::refuse_image(head)?;
+    if let Some(header) = arm_image::find(head)? {
+        if image.packed().is_none() {
+            header.check(image.len())?;
+        }
+        return Ok(Format::Linux(Kernel::Arm(header)));
+    }
+    if let Some(packed) = image.packed() {
+        let what = format!("what is packed in it ({}) is no Linux kernel for {}", packed.method.name(), arch::NAME);
+        return Err(refuse(what).hint("unpack it first, if it is a guest").into());
+    }
+    if let Some(header) = bzimage::find(image, head)? {
+        return Ok(Format::Linux(Kernel::Bz(header)));
+    }
+    let elf = if elf::is_elf(head) { Some(elf::read(image, head)?) } else { None };
+    if let Some(format) = multiboot(image, head, elf.as_ref())? {
         return Ok(format);
     }
     let Some(elf) = elf else { return Ok(Format::Flat) };
-    match elf.system {
-        Some(elf::System::Linux) => return Err(linux::not_yet("a Linux kernel (vmlinux)").into()),
+    let linux = elf.notes.system == Some(elf::System::Linux);
+    if let Some(entry) = elf.notes.pvh {
+        let program = Program { entry, ..elf.program };
+        program.check_below(place::REACH, "out of the reach of 32-bit code")?;
+        program.check_entry()?;
+        return Ok(Format::Linux(Kernel::Pvh { program, linux }));
+    }
+    elf.program.check_entry()?;
+    match elf.notes.system {
+        Some(elf::System::Linux) => return Ok(Format::Linux(Kernel::Vmlinux(elf.program))),
         Some(elf::System::Program) => return Err(elf::program_of_a_system("it has a GNU ABI tag").into()),
         None => {}
     }
-    elf.program.check_entry()?;
     Ok(if elf.wide { Format::Elf64(elf.program) } else { Format::Elf32(elf.program) })
 }
 
@@ -161,12 +227,14 @@ fn multiboot(image: &Image, head: &[u8], elf: Option<&elf::Elf>) -> Result<Optio
 /// Refuses the options that mean nothing for this guest.
 fn refuse_words(config: &Config, format: &Format) -> Result<(), Refusal> {
     let (flat, multiboot) = (matches!(format, Format::Flat), format.is_multiboot());
+    let linux = matches!(format, Format::Linux(_));
     let options = [
         ("--load-at", config.load_at.is_some(), flat),
         ("--entry", config.entry.is_some(), flat),
         ("--cpu-mode", config.cpu_mode.is_some(), flat),
-        ("--cmdline", config.cmdline.is_some(), multiboot),
-        ("--initrd", !config.initrd.is_empty(), multiboot),
+        ("--cmdline", config.cmdline.is_some(), multiboot || linux),
+        ("--cmdline-raw", config.cmdline_raw, linux),
+        ("--initrd", !config.initrd.is_empty(), multiboot || linux),
         ("--ram-base", config.ram_base.is_some(), !multiboot),
         ("--fdt-at", config.fdt_at.is_some(), !multiboot),
     ];
@@ -194,22 +262,25 @@ pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
         return Err(usage("--cmdline holds a NUL, which would end it").into());
     }
     let flat = matches!(guest.format, Format::Flat);
+    let linux = matches!(guest.format, Format::Linux(_));
     if flat {
         flat::settle(&mut settled)?;
     } else {
         settled.cpu_mode = Some(guest.format.cpu_mode());
     }
-    settled.irqchip = Some(match (config.irqchip, config.cpus) {
+    if linux {
+        settled.platform = config.platform.or(arch::LINUX_PLATFORM);
+    }
+    settled.rng = Some(config.rng.unwrap_or(if linux { Switch::On } else { Switch::Off }));
+    settled.irqchip = Some(match (config.irqchip, config.cpus.count()) {
         (_, 0) => return Err(usage("--cpus 0: a machine has at least one CPU").into()),
-        (Some(IrqChip::Split), _) => {
-            return Err(refuse("--irqchip split: not yet").hint("--irqchip kernel works").into());
-        }
         (Some(IrqChip::None), 2..) if arch::SMP_NEEDS_IRQCHIP => {
-            let what = format!("--irqchip none with --cpus {}: CPUs are started through local APICs", config.cpus);
+            let what =
+                format!("--irqchip none with --cpus {}: CPUs are started through local APICs", config.cpus.count());
             return Err(usage(what).hint("leave --irqchip out, or give it kernel").into());
         }
         (Some(chip), _) => chip,
-        (None, 1) if flat => arch::FLAT_IRQCHIP,
+        (None, 1) if flat && settled.virtio_devices() == 0 => arch::FLAT_IRQCHIP,
         (None, _) => IrqChip::Kernel,
     });
     if let (None, Some(mark)) = (settled.cpuid, arch::ASKS_CPUID) {
@@ -249,6 +320,11 @@ fn place(config: &Config, guest: &Guest, memory: &Memory, layout: &Layout) -> Re
             program.load(image, memory, &mut places)?;
             arch::enter(guest.format.cpu_mode(), crate::config::Entry::Linear(program.entry), memory, layout)?
         }
+        Format::Linux(Kernel::Arm(header)) => return arm_image::load(config, guest, header, memory, layout),
+        Format::Linux(kernel) => {
+            linux::check_ram(layout)?;
+            return linux::load(config, guest, kernel, memory, layout);
+        }
         Format::Multiboot1 { program, .. } => return multiboot::load(config, image, (program, None), memory, layout),
         Format::Multiboot2 { header, program } => {
             return multiboot::load(config, image, (program, Some(header)), memory, layout);
@@ -263,10 +339,10 @@ fn place(config: &Config, guest: &Guest, memory: &Memory, layout: &Layout) -> Re
 fn device_tree(config: &Config, memory: &Memory, layout: &Layout, places: &mut Places) -> Result<Option<Span>> {
     /// The format asks for 8 (Devicetree Specification 0.4, 5.2); a stack below the tree likes 16.
     const ALIGN: u64 = 16;
-    let Some(tree) = board::device_tree(config, layout)? else { return Ok(None) };
+    let Some(tree) = board::device_tree(config, layout, &Chosen::default())? else { return Ok(None) };
     let size = tree.len() as u64;
     let span = match config.fdt_at {
-        None => places.highest(size, ALIGN),
+        None => places.highest(size, ALIGN, u64::MAX),
         Some(at) => {
             let span = Span::new(at.0, size).filter(|span| span.start % 8 == 0);
             let span =

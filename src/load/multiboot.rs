@@ -148,10 +148,7 @@ fn modules(config: &Config, memory: &Memory, places: &mut Places) -> Result<Vec<
         let what = format!("module {}", file.name());
         let span = match places.find(file.len(), 4096, above, &what) {
             Some(span) => span,
-            None => {
-                let low = places.find(file.len(), 4096, LOWEST, &what);
-                low.ok_or_else(|| places.no_room(&what, file.len()))?
-            }
+            None => places.need(file.len(), 4096, LOWEST, &what)?,
         };
         file.copy_to(memory, span, 0).context(what)?;
         let name = path.file_name().unwrap_or(path.as_os_str());
@@ -188,7 +185,7 @@ pub fn load(
         None => {
             handover.symbols = None;
             let size = handover.form(header, 0)?.len() as u64;
-            places.find(size, 16, LOWEST, what).ok_or_else(|| places.no_room(what, size))?
+            places.need(size, 16, LOWEST, what)?
         }
     };
     if handover.symbols.as_mut().is_some_and(|s| s.fill(image, memory, &mut places, above).is_none()) {

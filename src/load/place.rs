@@ -8,10 +8,48 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use crate::error::{Refusal, refuse};
-use crate::memory::Span;
+use crate::explain::tell;
+use crate::memory::{Memory, Span};
 
 /// One past the last address that a 32-bit guest reaches.
 pub const REACH: u64 = 1 << 32;
+
+/// The least that huge pages are worth their calls for: more than any guest that is not an operating system.
+const LARGE: u64 = 4 << 20;
+/// The most that is made of huge pages at once, whatever a file says that it needs.
+const MOST: u64 = 256 << 20;
+
+/// Has RAM made of huge pages where something large comes to lie, before it is loaded.
+pub fn prepare(memory: &Memory, span: Span, what: &str) {
+    if span.size < LARGE {
+        return;
+    }
+    let huge = memory.prefer_huge(Span { size: span.size.min(MOST), ..span });
+    let why = "Huge pages under it, if the host has some: a fault for 2 MiB, where there would be 512.";
+    tell("madvise", || format!("{what} at {span}, MADV_COLLAPSE: {huge} bytes of huge pages"), why);
+}
+
+/// What Linux takes from the end of RAM before it has an allocator: a description of each page, of a 64th of the page's
+/// size, and hash tables, page tables and what each CPU has of its own.
+const DESCRIBED: u64 = 64;
+const TABLES: u64 = 4 << 20;
+/// What it has allocated from the first free RAM behind the kernel when its init starts, at least.
+const ALLOCATED: u64 = 12 << 20;
+/// In less RAM than this nothing is sure.
+const ROOMY: u64 = 96 << 20;
+
+/// Has RAM made of huge pages where every Linux fills it in its first second, beside what is loaded: at the end, where an
+/// initial RAM disk of `initrd` bytes may lie too, and behind `kernel`, its last byte.
+pub fn prepare_linux(memory: &Memory, ram: &[Span], kernel: u64, initrd: u64) {
+    let total = ram.iter().fold(0u64, |sum, span| sum.saturating_add(span.size));
+    let (Some(top), true) = (ram.last(), total >= ROOMY) else { return };
+    let size = (total / DESCRIBED + TABLES).saturating_add(initrd).min(top.size);
+    prepare(memory, Span { start: top.last() - (size - 1), size }, "the end of RAM");
+    // With RAM in two spans, it is in the upper one that Linux allocates.
+    if let ([_], Some(span)) = (ram, Span::new(kernel.saturating_add(1), ALLOCATED)) {
+        prepare(memory, span, "what follows the kernel");
+    }
+}
 
 /// The places of one machine's RAM.
 #[derive(Debug)]
@@ -71,10 +109,18 @@ impl Places {
         Some(span)
     }
 
-    /// Takes the highest free place of `size` bytes, a multiple of `align`.
-    pub fn highest(&mut self, size: u64, align: u64) -> Option<Span> {
+    /// The same, for what cannot do without.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn need(&mut self, size: u64, align: u64, from: u64, what: &str) -> Result<Span, Refusal> {
+        self.find(size, align, from, what).ok_or_else(|| self.no_room(what, size))
+    }
+
+    /// Takes the highest free place of `size` bytes up to the address `last`, a multiple of `align`.
+    pub fn highest(&mut self, size: u64, align: u64, last: u64) -> Option<Span> {
         let span = self.usable.iter().rev().find_map(|usable| {
-            let mut last = usable.last();
+            let mut last = usable.last().min(last);
             loop {
                 let start = last.checked_sub(size.checked_sub(1)?)?;
                 let span = Span::new(start - start % align, size).filter(|s| usable.contains(s))?;
@@ -98,8 +144,8 @@ impl Places {
     pub fn no_room(&self, what: &str, size: u64) -> Refusal {
         let largest = self.taken.values().max_by_key(|(span, _)| span.size);
         let taken = largest.map_or(String::new(), |(span, owner)| format!("; {owner} is at {span}"));
-        refuse(format!("{what}, {size} bytes, does not fit in RAM below 4 GiB, {}{taken}", list(&self.usable)))
-            .hint("give the machine more --memory")
+        refuse(format!("{what}, {size} bytes, does not fit in RAM where it must lie, {}{taken}", list(&self.usable)))
+            .hint("give the machine more --memory, if it is less than 4 GiB")
     }
 }
 
@@ -138,12 +184,13 @@ mod tests {
     fn a_search_from_the_end_takes_the_highest_free_place() {
         let mut places = places();
         places.claim(span(REACH + 0xfff0, 0x10), "the end").unwrap();
-        assert_eq!(places.highest(0x81, 16), Some(span(REACH + 0xff60, 0x81)));
-        assert_eq!(places.highest(0x8, 16), Some(span(REACH + 0xff50, 0x8)));
-        assert_eq!(places.highest(0xff51, 16), None);
-        assert_eq!(places.highest(0xff50, 1), Some(span(REACH, 0xff50)));
-        assert_eq!(places.highest(0x6000, 1), Some(span(0xa000, 0x6000)));
-        assert_eq!((places.highest(0, 16), places.highest(u64::MAX, 16)), (None, None));
+        assert_eq!(places.highest(0x81, 16, u64::MAX), Some(span(REACH + 0xff60, 0x81)));
+        assert_eq!(places.highest(0x8, 16, u64::MAX), Some(span(REACH + 0xff50, 0x8)));
+        assert_eq!(places.highest(0xff51, 16, u64::MAX), None);
+        assert_eq!(places.highest(0xff50, 1, u64::MAX), Some(span(REACH, 0xff50)));
+        assert_eq!(places.highest(0x6000, 1, u64::MAX), Some(span(0xa000, 0x6000)));
+        assert_eq!(places.highest(0x10, 16, 0x7025), Some(span(0x7010, 0x10)));
+        assert_eq!((places.highest(0, 16, u64::MAX), places.highest(u64::MAX, 16, u64::MAX)), (None, None));
     }
 
     #[test]

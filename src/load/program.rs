@@ -6,7 +6,7 @@
 use anyhow::Result;
 
 use super::image::Image;
-use super::place::Places;
+use super::place::{Places, prepare};
 use super::symbols::SectionTable;
 use crate::error::{Refusal, refuse};
 use crate::memory::{Memory, Span};
@@ -106,8 +106,9 @@ impl Program {
         for segment in &self.segments {
             places.claim(segment.span, &format!("segment {}", segment.number))?;
         }
-        for Segment { offset, filled, span, .. } in &self.segments {
+        for Segment { number, offset, filled, span, .. } in &self.segments {
             if let Some(bytes) = Span::new(span.start, *filled) {
+                prepare(memory, bytes, &format!("segment {number}"));
                 image.copy_to(memory, bytes, *offset)?;
             }
         }

@@ -7,6 +7,7 @@ use elf::endian::LittleEndian;
 use elf::file::Class;
 use elf::parse::{ParseAt, ParsingTable};
 use elf::section::SectionHeader;
+use elf::symbol::Symbol;
 
 use super::image::Image;
 use super::place::Places;
@@ -47,6 +48,47 @@ struct Content {
     file: u64,
     size: u64,
     block: u64,
+}
+
+/// What a symbol table, or its names, may have at the most; Linux with debug information has a tenth.
+const MOST: u64 = 64 << 20;
+/// Bytes of a name, and symbols, that are looked at.
+const LONGEST: usize = 200;
+const SYMBOLS: usize = 1 << 19;
+/// Symbol tables, of a program and of a shared object; types of symbols that name code (System V ABI, symbol table).
+const SHT_SYMTAB: u32 = 2;
+const SHT_DYNSYM: u32 = 11;
+const STT_NOTYPE: u8 = 0;
+const STT_FUNC: u8 = 2;
+
+/// The names of a program's code: address, size, name. A broken table has none.
+pub fn names(image: &Image, table: SectionTable) -> Vec<(u64, u64, String)> {
+    read_names(image, table).unwrap_or_default()
+}
+
+fn read_names(image: &Image, table: SectionTable) -> Option<Vec<(u64, u64, String)>> {
+    let symbols = Symbols::read(image, table)?;
+    let headers = ParsingTable::<LittleEndian, SectionHeader>::new(LittleEndian, table.class, &symbols.headers);
+    let find = |kind| headers.iter().find(|h| h.sh_type == kind);
+    let header = find(SHT_SYMTAB).or_else(|| find(SHT_DYNSYM))?;
+    let section = |header: &SectionHeader| {
+        image.check("symbols", header.sh_offset, header.sh_size).ok()?;
+        let mut bytes = vec![0; usize::try_from(header.sh_size).ok().filter(|_| header.sh_size <= MOST)?];
+        image.read_at(header.sh_offset, &mut bytes).ok()?;
+        Some(bytes)
+    };
+    let texts = section(&headers.get(usize::try_from(header.sh_link).ok()?).ok()?)?;
+    let entries = section(&header)?;
+    let entries = ParsingTable::<LittleEndian, Symbol>::new(LittleEndian, table.class, &entries);
+    let code = |s: &Symbol| s.st_shndx != 0 && matches!(s.st_symtype(), STT_FUNC | STT_NOTYPE);
+    // Names may overlap, so that a small file could have gigabytes of them.
+    let name = |s: &Symbol| {
+        let bytes = texts.get(usize::try_from(s.st_name).ok()?..)?;
+        let name: Vec<_> = bytes.iter().copied().take(LONGEST).take_while(|byte| *byte != 0).collect();
+        String::from_utf8(name).ok().filter(|name| !name.is_empty())
+    };
+    let named = entries.iter().filter(code).filter_map(|s| Some((s.st_value, s.st_size, name(&s)?)));
+    Some(named.take(SYMBOLS).collect())
 }
 
 /// The sections to bring along, one after the other, and the size of all; none where the table is unsound.

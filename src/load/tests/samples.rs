@@ -217,3 +217,56 @@ pub fn multiboot2(tags: &[Vec<u8>]) -> Vec<u8> {
 pub fn patch(bytes: &mut [u8], at: usize, with: &[u8]) {
     bytes[at..][..with.len()].copy_from_slice(with);
 }
+
+/// Packed by gzip's method.
+pub fn gzip(bytes: &[u8]) -> Vec<u8> {
+    use std::io::Write;
+    let mut packer = flate2::GzBuilder::new().filename("Image").write(Vec::new(), flate2::Compression::default());
+    packer.write_all(bytes).unwrap();
+    packer.finish().unwrap()
+}
+
+/// Packed by zstd's, with a checksum.
+pub fn zstd(bytes: &[u8]) -> Vec<u8> {
+    ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+}
+
+/// In one zstd block that is not packed, without a checksum.
+pub fn zstd_plain(bytes: &[u8]) -> Vec<u8> {
+    let block = ((bytes.len() as u32) << 3 | 1).to_le_bytes();
+    [&[0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3], &block[..3], bytes].concat()
+}
+
+/// An EFI program that would unpack itself; for what architecture it does not say.
+pub fn zboot(method: &str, packed: &[u8]) -> Vec<u8> {
+    let mut head = vec![0; 0x200];
+    patch(&mut head, 0, b"MZ\0\0zimg");
+    patch(&mut head, 8, &0x200u32.to_le_bytes());
+    patch(&mut head, 12, &(packed.len() as u32).to_le_bytes());
+    patch(&mut head, 24, method.as_bytes());
+    patch(&mut head, 0x3c, &0x40u32.to_le_bytes());
+    // What unpacks it comes after it.
+    [&head, packed, &[0xcc; 64]].concat()
+}
+
+/// An arm64 kernel of 1 MiB that takes 2: with the header of an EFI program, and a version.
+pub fn arm_image() -> Vec<u8> {
+    let mut image: Vec<u8> = (0..1u32 << 18).flat_map(|i| (i / 3 * 7).to_le_bytes()).collect();
+    image[..0x200].fill(0);
+    patch(&mut image, 0, b"MZ\x40\xfa");
+    patch(&mut image, 16, &(2u64 << 20).to_le_bytes());
+    patch(&mut image, 24, &0xau64.to_le_bytes());
+    patch(&mut image, 0x38, b"ARM\x64");
+    patch(&mut image, 0x3c, &0x40u32.to_le_bytes());
+    patch(&mut image, 0x40, b"PE\0\0\x64\xaa\x02\0");
+    patch(&mut image, 0x40 + 20, &0xa0u16.to_le_bytes());
+    for (number, start, size) in [(0, 0x1_0000, 0xc_0000u32), (1, 0xd_0000, 0x3_0000)] {
+        let section = 0x40 + 24 + 0xa0 + 40 * number;
+        patch(&mut image, section + 16, &size.to_le_bytes());
+        patch(&mut image, section + 20, &(start as u32).to_le_bytes());
+    }
+    // Across the pieces in which it is read.
+    patch(&mut image, 0x2_0000 - 20, b"Linux version %s \0");
+    patch(&mut image, 0x4_0000 - 20, b"Linux version 6.1.0-9-test (someone) #1 SMP");
+    image
+}

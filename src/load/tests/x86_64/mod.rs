@@ -2,4 +2,5 @@
 
 mod elf;
 mod flat;
+mod linux;
 mod multiboot;
