@@ -25,6 +25,9 @@ use crate::memory::Span;
 /// Of the saved state.
 const VERSION: u32 = 1;
 
+/// The offset of the index: to write it does nothing until another register is asked for.
+pub const INDEX: u64 = 0;
+
 const CELLS: usize = 128;
 
 const SECOND: u8 = 0x00;

@@ -3,7 +3,7 @@
 //! Invariant: the suite knows devices only as [`Device`]; what is special about one is tested beside it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use proptest::collection::vec;
@@ -15,9 +15,13 @@ use super::cmos::Cmos;
 use super::debug_console::DebugConsole;
 use super::debug_exit::DebugExit;
 use super::i8042::I8042;
+use super::ioapic::IoApic;
 use super::pl011::Pl011;
 use super::pl031::Pl031;
+use super::pl061::Pl061;
+use super::power::{Button, Power};
 use super::power_off::PowerOff;
+use super::pvpanic::PvPanic;
 use super::serial::Serial;
 use crate::bus::{Builder, Device, Effect, Saved, Space};
 use crate::clock::Clock;
@@ -33,27 +37,27 @@ macro_rules! conform {
 
             #[test]
             fn what_is_saved_and_loaded_is_the_same() {
-                saved_and_loaded_is_the_same($size, $make);
+                saved_and_loaded_is_the_same(&Shape::from($size), $make);
             }
 
             #[test]
             fn a_loaded_device_goes_on_like_the_saved_one() {
-                loaded_goes_on_like_saved($size, $make);
+                loaded_goes_on_like_saved(&Shape::from($size), $make);
             }
 
             #[test]
             fn a_reset_device_is_a_fresh_one() {
-                reset_is_fresh($size, $make);
+                reset_is_fresh(&Shape::from($size), $make);
             }
 
             #[test]
             fn no_access_through_the_buses_panics() {
-                no_access_panics($size, $make);
+                no_access_panics(&Shape::from($size), $make);
             }
 
             #[test]
             fn a_hostile_state_is_refused_whole_or_harmless() {
-                hostile_state_is_harmless($size, $make);
+                hostile_state_is_harmless(&Shape::from($size), $make);
             }
 
             #[test]
@@ -63,10 +67,26 @@ macro_rules! conform {
 
             #[test]
             fn every_register_has_a_name() {
-                super::every_register_has_a_name($size, $make);
+                super::every_register_has_a_name(&Shape::from($size), $make);
             }
         }
     };
+}
+
+mod virtio;
+
+/// Where a device answers, and what a driver of it does, so that what happens to it means something.
+struct Shape {
+    /// Offset and bytes of each piece.
+    areas: Vec<(u64, u64)>,
+    /// Things that are done one after the other.
+    scripts: Vec<Vec<Step>>,
+}
+
+impl From<u64> for Shape {
+    fn from(size: u64) -> Self {
+        Self { areas: vec![(0, size)], scripts: Vec::new() }
+    }
 }
 
 // Name of the test, bytes that the device answers at, the device on its wires.
@@ -75,10 +95,15 @@ conform!(cmos, 2, |w: &Wires| Cmos::new(w.clock(), &[Span { start: 0, size: 64 <
 conform!(i8042, 5, |_: &Wires| I8042::default());
 conform!(debug_exit, 4, |_: &Wires| DebugExit);
 conform!(debug_console, 1, |w: &Wires| DebugConsole::new(w.console()));
+conform!(acpi_power, 5, |w: &Wires| Power::new(Button::default(), w.line()));
+conform!(ioapic, 0x20, |_: &Wires| IoApic::new(Box::new(super::super::ioapic::tests::Sent::default())));
+conform!(pvpanic, 1, |_: &Wires| PvPanic);
 conform!(power_off, 2, |_: &Wires| PowerOff::default());
 // Of their 4 KiB those that hold registers, so that most accesses meet one.
 conform!(pl011, 0x4c, |w: &Wires| Pl011::new(w.console(), w.line()));
 conform!(pl031, 0x20, |w: &Wires| Pl031::new(w.clock()));
+// Most of its registers are the data of some lines or others.
+conform!(pl061, 0x424, |w: &Wires| Pl061::new(w.line(), Button::default()));
 
 /// The far ends of all wires that a device may be given.
 #[derive(Default)]
@@ -87,6 +112,8 @@ struct Wires {
     line: Arc<TestWire>,
     /// Milliseconds since 1970.
     time: Arc<AtomicU64>,
+    /// What only virtio devices need.
+    guest: OnceLock<virtio::Guest>,
 }
 
 struct TestClock(Arc<AtomicU64>);
@@ -118,7 +145,8 @@ impl Wires {
     fn twin(&self) -> Self {
         let input = self.console.input.lock().unwrap().clone();
         let console = TestConsole { input: Arc::new(Mutex::new(input)), ..Self::new(self.console.closed).console };
-        Self { console, line: Arc::default(), time: Arc::new(self.time.load(Ordering::SeqCst).into()) }
+        let guest = self.guest.get().map(|guest| OnceLock::from(guest.twin())).unwrap_or_default();
+        Self { console, line: Arc::default(), time: Arc::new(self.time.load(Ordering::SeqCst).into()), guest }
     }
 }
 
@@ -143,24 +171,31 @@ struct Seen {
 }
 
 /// Whole accesses of 1, 2, 4 or 8 bytes, none wider than the device takes, none across its end.
-fn accesses(size: u64, widest: usize) -> impl Strategy<Value = (u64, usize)> {
-    let fits = move |(offset, width): &(u64, usize)| *width <= widest && offset + *width as u64 <= size;
-    let all = (0..size).flat_map(|offset| [1, 2, 4, 8].map(|width| (offset, width)));
-    prop::sample::select(all.filter(fits).collect::<Vec<_>>())
+fn accesses(shape: &Shape, widest: usize) -> impl Strategy<Value = (u64, usize)> + use<> {
+    let all = shape.areas.iter().flat_map(|(start, size)| (*start..start + size).map(move |at| (at, start + size)));
+    let fits = all.flat_map(|(at, end)| [1, 2, 4, 8].map(|width| (at, width, end)));
+    let fits = fits.filter(|(at, width, end)| *width <= widest && at + *width as u64 <= *end);
+    prop::sample::select(fits.map(|(at, width, _)| (at, width)).collect::<Vec<_>>())
 }
 
-fn steps(size: u64, widest: usize) -> impl Strategy<Value = Vec<Step>> {
+fn steps(shape: &Shape, widest: usize) -> impl Strategy<Value = Vec<Step>> + use<> {
     let value = prop_oneof![any::<u64>(), 0..0x100u64, prop::sample::select(vec![0, 1, 0x80, 0xff, u64::MAX])];
     let step = prop_oneof![
-        4 => accesses(size, widest).prop_map(|(offset, width)| Step::Read { offset, width }),
-        8 => (accesses(size, widest), value).prop_map(|((offset, width), value)| {
+        4 => accesses(shape, widest).prop_map(|(offset, width)| Step::Read { offset, width }),
+        8 => (accesses(shape, widest), value).prop_map(|((offset, width), value)| {
             Step::Write { offset, width, value: value & (u64::MAX >> (64 - 8 * width)) }
         }),
         1 => vec(any::<u8>(), 1..20).prop_map(Step::Input),
         1 => Just(Step::Service),
         1 => (0..100_000_000_000u64).prop_map(Step::Wait),
     ];
-    vec(step, 0..60)
+    let scripts = [shape.scripts.clone(), vec![Vec::new()]].concat();
+    let often = shape.scripts.len().min(2) as u32;
+    let some = prop_oneof![
+        8 => step.prop_map(|step| vec![step]),
+        often + 1 => prop::sample::select(scripts),
+    ];
+    vec(some, 0..60).prop_map(|steps| steps.concat())
 }
 
 fn play(device: &mut dyn Device, wires: &Wires, steps: &[Step]) -> Seen {
@@ -174,7 +209,10 @@ fn play(device: &mut dyn Device, wires: &Wires, steps: &[Step]) -> Seen {
                 wires.console.input.lock().unwrap().extend(bytes);
                 device.service();
             }
-            Step::Service => device.service(),
+            Step::Service => {
+                device.service();
+                wires.guest.get().into_iter().for_each(virtio::Guest::turn);
+            }
             Step::Wait(millis) => {
                 wires.time.fetch_add(*millis, Ordering::SeqCst);
             }
@@ -194,12 +232,12 @@ fn check<S: Strategy>(strategy: &S, property: impl Fn(S::Value)) {
 }
 
 /// A history of a device: whether its far end has hung up, and what happened to it.
-fn history<D: Device>(size: u64, make: impl Fn(&Wires) -> D) -> impl Strategy<Value = (bool, Vec<Step>)> {
-    (any::<bool>(), steps(size, make(&Wires::default()).width()))
+fn history<D: Device>(shape: &Shape, make: impl Fn(&Wires) -> D) -> impl Strategy<Value = (bool, Vec<Step>)> {
+    (any::<bool>(), steps(shape, make(&Wires::default()).width()))
 }
 
-fn saved_and_loaded_is_the_same<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
-    check(&history(size, &make), |(closed, steps)| {
+fn saved_and_loaded_is_the_same<D: Device>(shape: &Shape, make: impl Fn(&Wires) -> D) {
+    check(&history(shape, &make), |(closed, steps)| {
         let wires = Wires::new(closed);
         let mut device = make(&wires);
         play(&mut device, &wires, &steps);
@@ -214,9 +252,9 @@ fn saved_and_loaded_is_the_same<D: Device>(size: u64, make: impl Fn(&Wires) -> D
     });
 }
 
-fn loaded_goes_on_like_saved<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
-    let later = steps(size, make(&Wires::default()).width());
-    check(&(history(size, &make), later), |((closed, before), after)| {
+fn loaded_goes_on_like_saved<D: Device>(shape: &Shape, make: impl Fn(&Wires) -> D) {
+    let later = steps(shape, make(&Wires::default()).width());
+    check(&(history(shape, &make), later), |((closed, before), after)| {
         let wires = Wires::new(closed);
         let mut device = make(&wires);
         play(&mut device, &wires, &before);
@@ -228,9 +266,9 @@ fn loaded_goes_on_like_saved<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
     });
 }
 
-fn reset_is_fresh<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
-    let later = steps(size, make(&Wires::default()).width());
-    check(&(history(size, &make), later), |((closed, before), after)| {
+fn reset_is_fresh<D: Device>(shape: &Shape, make: impl Fn(&Wires) -> D) {
+    let later = steps(shape, make(&Wires::default()).width());
+    check(&(history(shape, &make), later), |((closed, before), after)| {
         let wires = Wires::new(closed);
         let mut device = make(&wires);
         play(&mut device, &wires, &before);
@@ -242,15 +280,21 @@ fn reset_is_fresh<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
     });
 }
 
-fn no_access_panics<D: Device + 'static>(size: u64, make: impl Fn(&Wires) -> D) {
+fn no_access_panics<D: Device + 'static>(shape: &Shape, make: impl Fn(&Wires) -> D) {
     let space = prop::sample::select(vec![Space::Pio, Space::Mmio]);
     // Any width and length, wide ones and odd ones, from before the device to past its end.
+    let size: u64 = shape.areas.iter().map(|(_, size)| size).sum();
     let access = (space, 0xf0..0x110 + size, 0..17usize, vec(any::<u8>(), 0..40), any::<bool>());
     check(&vec(access, 0..60), |accesses| {
         let wires = Wires::default();
         let mut builder = Builder::default();
-        builder.place(Space::Pio, Span { start: 0x100, size }, make(&wires)).unwrap();
-        builder.place(Space::Mmio, Span { start: 0x100, size }, make(&wires)).unwrap();
+        for space in [Space::Pio, Space::Mmio] {
+            let (device, mut start) = (builder.add(make(&wires)), 0x100);
+            for (offset, size) in &shape.areas {
+                builder.attach(device, space, Span { start, size: *size }, *offset).unwrap();
+                start += size;
+            }
+        }
         let buses = builder.finish();
         for (space, addr, width, mut data, write) in accesses {
             if write {
@@ -305,10 +349,10 @@ fn misshape(state: &mut Value, which: usize) {
     }
 }
 
-fn hostile_state_is_harmless<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
-    let later = steps(size, make(&Wires::default()).width());
+fn hostile_state_is_harmless<D: Device>(shape: &Shape, make: impl Fn(&Wires) -> D) {
+    let later = steps(shape, make(&Wires::default()).width());
     let attack = (vec(any::<usize>(), 0..3), intruder(), proptest::option::of(any::<usize>()));
-    check(&(history(size, &make), attack, later), |((closed, before), (way, intruder, missing), after)| {
+    check(&(history(shape, &make), attack, later), |((closed, before), (way, intruder, missing), after)| {
         let wires = Wires::new(closed);
         let mut device = make(&wires);
         play(&mut device, &wires, &before);
@@ -317,6 +361,7 @@ fn hostile_state_is_harmless<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
             Some(which) => misshape(&mut hostile.state, which),
             None => invade(&mut hostile.state, &way, intruder),
         }
+        let wires = Wires::new(closed);
         let mut victim = make(&wires);
         let whole = victim.save();
         match victim.load(&hostile) {
@@ -338,11 +383,13 @@ fn another_version_is_refused<D: Device>(make: impl Fn(&Wires) -> D) {
     }
 }
 
-fn every_register_has_a_name<D: Device>(size: u64, make: impl Fn(&Wires) -> D) {
+fn every_register_has_a_name<D: Device>(shape: &Shape, make: impl Fn(&Wires) -> D) {
     let device = make(&Wires::default());
     assert!(!device.name().is_empty());
     assert!([1, 2, 4, 8].contains(&device.width()));
-    for offset in (0..size).chain([size, u64::MAX]) {
+    let ends = shape.areas.iter().map(|(start, size)| start + size);
+    let inside = shape.areas.iter().flat_map(|(start, size)| *start..start + size);
+    for offset in inside.chain(ends).chain([u64::MAX]) {
         for write in [false, true] {
             assert!(!device.register(offset, write).is_empty(), "{offset} {write}");
         }

@@ -17,19 +17,24 @@ mod conformance;
 pub mod debug_console;
 pub mod debug_exit;
 pub mod i8042;
+pub mod ioapic;
+pub mod pci;
 pub mod pl011;
 pub mod pl031;
+pub mod pl061;
+pub mod power;
 pub mod power_off;
 mod primecell;
+pub mod pvpanic;
 pub mod serial;
 
 /// Wraps a device's state. The state types are plain numbers and lists, which JSON always holds.
-fn wrap(version: u32, state: &impl Serialize) -> Saved {
+pub fn wrap(version: u32, state: &impl Serialize) -> Saved {
     Saved { version, state: serde_json::to_value(state).unwrap_or_default() }
 }
 
 /// The state of device `name`, as far as its form goes; what the values mean is for the device to check.
-fn unwrap<T: Serialize + DeserializeOwned>(name: &str, version: u32, saved: &Saved) -> Result<T> {
+pub fn unwrap<T: Serialize + DeserializeOwned>(name: &str, version: u32, saved: &Saved) -> Result<T> {
     if saved.version != version {
         bail!("{name}: saved state of version {}, but this Bantam knows version {version}", saved.version);
     }
@@ -44,4 +49,4 @@ fn unwrap<T: Serialize + DeserializeOwned>(name: &str, version: u32, saved: &Sav
 /// The saved form of a device that has no state: the empty object, so that anything else is refused.
 #[derive(serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Stateless {}
+pub struct Stateless {}

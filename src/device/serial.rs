@@ -30,6 +30,9 @@ use crate::irq::IrqLine;
 /// Of the saved state.
 const VERSION: u32 = 1;
 
+/// The offset of the line control register: to write it changes what others mean, and nothing else.
+pub const LINE_CONTROL: u64 = 3;
+
 const FIFO_DEPTH: usize = 16;
 
 /// IER: received data, transmitter empty, line status, modem status.

@@ -1,0 +1,529 @@
+//! Sockets between guest and host (VIRTIO 1.3 §5.10): on the host's side they are Unix sockets.
+//!
+//! Who wants a port of the guest's connects to the socket at `path`, writes `CONNECT port\n` and gets `OK port\n`, the port
+//! on the host's side; who waits for the guest's connections to port P of the host listens at `path_P`. Firecracker,
+//! Cloud Hypervisor and others have the same. Invariant: connections, what they keep and answers owed are bounded, and a
+//! connection keeps no descriptor once the host's side is through.
+
+mod connection;
+mod packet;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::OsString;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::net::RecvFlags;
+
+use self::connection::{Connection, Fate};
+use self::packet::{HEADER, HOST, Header, STREAM, op};
+use super::{Active, Chain, Kind, Queue, VirtioDevice, Wake};
+use crate::bus::Saved;
+use crate::config::Words;
+use crate::device::{Stateless, unwrap, wrap};
+use crate::event::{BATCH, Edge, Readiness};
+use crate::host::output::Bell;
+use crate::host::socket::{Listener, check_path, connect};
+
+/// Of the saved state.
+const VERSION: u32 = 1;
+/// Connections at a time; whoever wants another is reset.
+const MOST: usize = 4096;
+/// Bytes of the guest's that wait for the host's side, in all connections; one that would keep more is reset.
+const POOL: usize = 32 << 20;
+/// Resets that the guest has not taken yet; with so many, what it sends is looked at no further.
+const RESETS: usize = 1024;
+/// Clients that have not said yet which port they want.
+const NEWCOMERS: usize = 256;
+/// How long one of them may stand in the way of others.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The longest thing that such a client can say.
+const LINE: usize = "CONNECT 4294967295\n".len();
+/// Most data of one packet.
+const PACKET: usize = 64 << 10;
+/// Most data that is read from the host's side at once, for several packets.
+const AHEAD: usize = 2 * PACKET;
+/// Batches of events that are taken before the guest has its turn.
+const BATCHES: usize = 64;
+/// Ports on the host's side of connections that the host began, from here on.
+const FIRST_PORT: u32 = 1 << 30;
+/// VIRTIO_VSOCK_F_STREAM
+const F_STREAM: u64 = 1;
+
+/// Queues: to the guest, from it, and for events, of which there is none.
+const KIND: Kind = Kind { name: "virtio-vsock", id: 19, class: 0x07_8000, queues: &[256, 256, 64] };
+
+/// A connection's ports: the guest's, the host's.
+type Key = (u32, u32);
+
+/// No port has this number (VMADDR_PORT_ANY): tokens of what is no connection.
+const NO_PORT: u32 = u32::MAX;
+const LISTENER: u64 = token((0, NO_PORT));
+const BELL: u64 = token((1, NO_PORT));
+const FIRST_NEWCOMER: u32 = 2;
+
+const fn token((guest, host): Key) -> u64 {
+    (host as u64) << 32 | guest as u64
+}
+
+/// A client that has not said yet which port it wants.
+struct Newcomer {
+    id: u32,
+    since: Instant,
+    socket: UnixStream,
+}
+
+/// The device.
+pub struct Vsock {
+    // Configuration
+    cid: u64,
+    path: PathBuf,
+    /// [`MOST`], but for tests.
+    most: usize,
+    // Wires
+    listener: Listener,
+    /// Somebody may wait there.
+    knocking: bool,
+    inside: Readiness,
+    /// What it tells of, kept so that nothing is allocated.
+    ready: Vec<u64>,
+    /// Rung where events are left for the next turn.
+    bell: Bell,
+    // State
+    newcomers: VecDeque<Newcomer>,
+    next_newcomer: u32,
+    next_port: u32,
+    connections: HashMap<Key, Connection>,
+    /// Those that have something for the guest, in turn, each once.
+    queue: VecDeque<Key>,
+    /// Resets for the guest, each with the type of the packet that it answers.
+    resets: VecDeque<(Key, u16)>,
+    /// Bytes that wait in all connections.
+    waiting: usize,
+    scratch: Vec<u8>,
+    /// Data that goes on to one connection together: so many of the first bytes of `scratch`.
+    batch: Option<(Key, usize)>,
+    /// The guest's chains that are to be filled next.
+    chains: Vec<Chain>,
+}
+
+impl Vsock {
+    /// The device that `--vsock` asks for.
+    ///
+    /// # Errors
+    /// Words that make no sense, or a path that cannot be had.
+    pub fn new(words: &Words) -> Result<Self> {
+        let mut taken = words.take("--vsock").without_first();
+        let (cid, path) = (taken.value::<u32>("cid")?, taken.value::<PathBuf>("path")?);
+        let Some((cid, path)) = cid.zip(path).filter(|_| taken.first().is_empty()) else {
+            return Err(taken.refuse("it wants cid=N,path=SOCKET").into());
+        };
+        // 0 and 1 are reserved, 2 is the host, the last is anyone (§5.10.4).
+        if !(3..u32::MAX).contains(&cid) {
+            return Err(taken.refuse("a guest's cid is 3 to 4294967294").into());
+        }
+        taken.end()?;
+        // Room for the port behind it.
+        check_path(&path, "_4294967295".len()).context("--vsock")?;
+        allow_descriptors();
+        let listener = Listener::new(&path).context("--vsock")?;
+        let (inside, bell) = (Readiness::new().context("epoll")?, Bell::new().context("eventfd")?);
+        inside.watch(&listener, LISTENER, Edge::Edge)?;
+        inside.watch(&bell, BELL, Edge::Edge)?;
+        Ok(Self {
+            cid: cid.into(),
+            path,
+            most: MOST,
+            listener,
+            knocking: true,
+            inside,
+            ready: Vec::new(),
+            bell,
+            newcomers: VecDeque::new(),
+            next_newcomer: FIRST_NEWCOMER,
+            next_port: 0,
+            connections: HashMap::new(),
+            queue: VecDeque::new(),
+            resets: VecDeque::new(),
+            waiting: 0,
+            scratch: vec![0; AHEAD],
+            batch: None,
+            chains: Vec::new(),
+        })
+    }
+
+    /// Looks at what has happened on the host's side.
+    fn hear(&mut self) {
+        let mut ready = std::mem::take(&mut self.ready);
+        self.hear_all(&mut ready);
+        self.ready = ready;
+    }
+
+    fn hear_all(&mut self, ready: &mut Vec<u64>) {
+        for _ in 0..BATCHES {
+            let told = self.inside.wait(Some(Duration::ZERO), ready);
+            let mut all = ready.len() < BATCH;
+            if told.is_err() {
+                return;
+            }
+            for token in ready.drain(..) {
+                self.knocking |= token == LISTENER;
+                let (guest, host) = ((token & 0xffff_ffff) as u32, (token >> 32) as u32);
+                if host != NO_PORT {
+                    self.change((guest, host), Connection::wake);
+                } else if guest >= FIRST_NEWCOMER {
+                    self.listen_to(guest);
+                    // What has become of a client may be there to be heard already.
+                    all = false;
+                }
+            }
+            // Who was let in has spoken already, as a rule.
+            if all && !self.welcome() {
+                return;
+            }
+        }
+        self.bell.ring();
+    }
+
+    /// Lets clients in, while there is room for them; true where anyone came. It is tried after every event: the first that
+    /// ends makes room.
+    fn welcome(&mut self) -> bool {
+        let mut came = false;
+        while self.knocking {
+            let full = self.newcomers.len() >= NEWCOMERS;
+            if full && self.newcomers.front().is_none_or(|oldest| oldest.since.elapsed() < PATIENCE) {
+                return came;
+            }
+            let Ok(next) = self.listener.accept() else { return came };
+            self.knocking = next.is_some();
+            let Some(socket) = next else { return came };
+            if full {
+                self.newcomers.pop_front();
+            }
+            let id = self.next_newcomer;
+            self.next_newcomer = id.checked_add(1).unwrap_or(FIRST_NEWCOMER);
+            // What it has written already makes an event at once.
+            if self.inside.watch(&socket, token((id, NO_PORT)), Edge::Edge).is_ok() {
+                self.newcomers.push_back(Newcomer { id, since: Instant::now(), socket });
+            }
+            came = true;
+        }
+        came
+    }
+
+    /// A client says which port it wants, or has gone.
+    fn listen_to(&mut self, id: u32) {
+        let Some(at) = self.newcomers.iter().position(|newcomer| newcomer.id == id) else { return };
+        let Some(newcomer) = self.newcomers.get(at) else { return };
+        let said = wanted(&newcomer.socket);
+        if matches!(said, Said::NotYet) {
+            return;
+        }
+        let Some(Newcomer { socket, .. }) = self.newcomers.remove(at) else { return };
+        if let Said::Port(guest) = said {
+            self.inside.forget(&socket);
+            self.begin(guest, socket);
+        }
+    }
+
+    /// Asks the guest for a connection; where there can be none the client's ends.
+    fn begin(&mut self, guest: u32, socket: UnixStream) {
+        let mut ports = (0..=MOST as u32).map(|n| FIRST_PORT + (self.next_port.wrapping_add(n) & (FIRST_PORT - 1)));
+        let Some(host) = ports.find(|host| !self.connections.contains_key(&(guest, *host))) else { return };
+        self.next_port = (host - FIRST_PORT).wrapping_add(1);
+        self.add((guest, host), Connection::of_host(socket));
+    }
+
+    /// Takes a connection in; false where there are too many.
+    fn add(&mut self, key: Key, connection: Connection) -> bool {
+        let room = self.connections.len() < self.most;
+        let watched = |socket| self.inside.watch(socket, token(key), Edge::Both).is_ok();
+        let taken = room && connection.socket().is_some_and(watched);
+        if taken {
+            self.connections.insert(key, connection);
+            self.change(key, |_| Fate::Stays);
+        }
+        taken
+    }
+
+    /// Lets something happen to a connection, and sees to what follows from it.
+    fn change(&mut self, key: Key, change: impl FnOnce(&mut Connection) -> Fate) {
+        let Some(connection) = self.connections.get_mut(&key) else { return };
+        let before = connection.waiting();
+        let mut fate = change(connection);
+        if fate == Fate::Stays {
+            fate = connection.settle();
+        }
+        self.waiting = self.waiting - before + connection.waiting();
+        if fate == Fate::Stays && self.waiting > POOL && connection.waiting() > before {
+            fate = Fate::Resets;
+        }
+        if fate == Fate::Stays {
+            if connection.wants() && !connection.queued {
+                connection.queued = true;
+                self.queue.push_back(key);
+            }
+            return;
+        }
+        self.waiting -= connection.waiting();
+        if connection.queued {
+            self.queue.retain(|queued| *queued != key);
+        }
+        self.connections.remove(&key);
+        if fate == Fate::Resets {
+            self.resets.push_back((key, STREAM));
+        }
+    }
+
+    /// Takes what the guest sends.
+    fn take(&mut self, queue: &mut Queue) {
+        while self.resets.len() < RESETS
+            && let Some(mut chain) = queue.pop()
+        {
+            if let Some(header) = Header::read(&mut chain)
+                && (header.src_cid, header.dst_cid) == (self.cid, HOST)
+            {
+                self.receive(&header, &mut chain);
+            }
+            queue.push(chain);
+        }
+        self.pass_on();
+    }
+
+    /// Takes data of a packet to those that go on together; false where it is no such packet.
+    fn gather(&mut self, key: Key, header: &Header, chain: &mut Chain) -> bool {
+        let size = header.len as usize;
+        if header.kind != STREAM || header.op != op::RW || size > PACKET || header.len > chain.left_to_read() {
+            return false;
+        }
+        if self.batch.is_some_and(|(other, done)| other != key || done + size > PACKET) {
+            self.pass_on();
+        }
+        let Some(connection) = self.connections.get_mut(&key) else { return false };
+        connection.credit(header);
+        let (_, done) = self.batch.unwrap_or((key, 0));
+        chain.read(self.scratch.get_mut(done..done + size).unwrap_or_default());
+        self.batch = Some((key, done + size));
+        true
+    }
+
+    /// Hands what was gathered to its connection.
+    fn pass_on(&mut self) {
+        let Some((key, size)) = self.batch.take() else { return };
+        let scratch = std::mem::take(&mut self.scratch);
+        self.change(key, |connection| connection.data(scratch.get(..size).unwrap_or_default()));
+        self.scratch = scratch;
+    }
+
+    fn receive(&mut self, header: &Header, chain: &mut Chain) {
+        let key = (header.src_port, header.dst_port);
+        if self.gather(key, header, chain) {
+            return;
+        }
+        self.pass_on();
+        let known = header.kind == STREAM && self.connections.contains_key(&key);
+        if !known {
+            let begun = header.kind == STREAM && header.op == op::REQUEST && self.admit(key, header);
+            if !begun && header.op != op::RST {
+                self.resets.push_back((key, header.kind));
+            }
+            return;
+        }
+        self.change(key, |connection| {
+            connection.credit(header);
+            match header.op {
+                op::RESPONSE => connection.grant(&format!("OK {}\n", header.dst_port)),
+                op::RST => Fate::Ends,
+                op::SHUTDOWN => {
+                    connection.shut(header.flags);
+                    Fate::Stays
+                }
+                op::CREDIT_UPDATE => Fate::Stays,
+                op::CREDIT_REQUEST => {
+                    connection.ask();
+                    Fate::Stays
+                }
+                // Data of which there is less than is said, or more than a packet holds, is none.
+                _ => Fate::Resets,
+            }
+        });
+    }
+
+    /// The guest asks for a port of the host's; false where nobody is there.
+    fn admit(&mut self, key: Key, header: &Header) -> bool {
+        if key.1 == NO_PORT || self.connections.len() >= self.most {
+            return false;
+        }
+        let socket = connect(&of_port(&self.path, key.1));
+        socket.is_ok_and(|socket| self.add(key, Connection::of_guest(socket, header)))
+    }
+
+    /// Gives the guest what there is for it.
+    fn give(&mut self, queue: &mut Queue) {
+        while !self.resets.is_empty() || !self.queue.is_empty() {
+            // What a connection has is read at once, if it had so much before, and is spread over chains.
+            let wanted = self.queue.front().and_then(|key| self.connections.get(key)).map_or(1, Connection::wanted);
+            while self.chains.len() < wanted
+                && let Some(chain) = queue.pop()
+            {
+                match chain.left_to_write() as usize > HEADER {
+                    true => self.chains.push(chain),
+                    // One that holds a header and nothing else would never do.
+                    false if self.chains.is_empty() => queue.push(chain),
+                    false => {
+                        queue.undo(chain);
+                        break;
+                    }
+                }
+            }
+            if self.chains.is_empty() {
+                return;
+            }
+            let filled = self.fill();
+            queue.push_all(self.chains.drain(..filled));
+        }
+        self.chains.drain(..).rev().for_each(|chain| queue.undo(chain));
+    }
+
+    /// Fills chains with what is next; gives how many, none where there was nothing after all.
+    fn fill(&mut self) -> usize {
+        let addressed = |(guest, host): Key, header| Header {
+            src_cid: HOST,
+            dst_cid: self.cid,
+            src_port: host,
+            dst_port: guest,
+            ..header
+        };
+        if let Some((key, kind)) = self.resets.pop_front() {
+            let header = Header { op: op::RST, kind, ..Header::default() };
+            self.chains.first_mut().into_iter().for_each(|chain| _ = chain.write(&addressed(key, header).bytes()));
+            return 1;
+        }
+        let Some(key) = self.queue.pop_front() else { return 0 };
+        let room = |chain: &Chain| PACKET.min(chain.left_to_write() as usize - HEADER);
+        let all: usize = self.chains.iter().map(room).sum();
+        let mut packet = None;
+        if let Some(connection) = self.connections.get_mut(&key) {
+            connection.queued = false;
+            packet = connection.next(self.scratch.get_mut(..all.min(AHEAD)).unwrap_or_default());
+        }
+        let mut filled = 0;
+        if let Some(header) = packet {
+            let mut rest = self.scratch.get(..header.len as usize).unwrap_or_default();
+            for chain in &mut self.chains {
+                let (now, later) = rest.split_at(rest.len().min(room(chain)));
+                let header = Header { kind: STREAM, len: now.len() as u32, ..header };
+                chain.write(&addressed(key, header).bytes());
+                chain.write(now);
+                (rest, filled) = (later, filled + 1);
+                if rest.is_empty() {
+                    break;
+                }
+            }
+        }
+        self.change(key, |_| Fate::Stays);
+        filled
+    }
+
+    /// Ends all connections.
+    fn forget(&mut self) {
+        self.connections.clear();
+        self.newcomers.clear();
+        self.queue.clear();
+        self.resets.clear();
+        self.waiting = 0;
+    }
+}
+
+/// What a client has said.
+enum Said {
+    NotYet,
+    Port(u32),
+    Nonsense,
+}
+
+/// Takes a client's first line off its socket, and no byte of what follows.
+fn wanted(socket: &UnixStream) -> Said {
+    let mut line = [0; LINE];
+    let count = match rustix::net::recv(socket, &mut line, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok((_, count @ 1..)) => count,
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Said::NotYet,
+        Ok(_) | Err(_) => return Said::Nonsense,
+    };
+    let said = line.get(..count).unwrap_or_default();
+    let Some(end) = said.iter().position(|byte| *byte == b'\n') else {
+        return if count < LINE { Said::NotYet } else { Said::Nonsense };
+    };
+    let port = said.get(..end).and_then(|line| std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.parse().ok());
+    let taken = line.get_mut(..=end).is_some_and(|line| {
+        let size = line.len();
+        rustix::io::read(socket, line) == Ok(size)
+    });
+    port.filter(|port| taken && *port != NO_PORT).map_or(Said::Nonsense, Said::Port)
+}
+
+/// Where the guest's connections to a port of the host's go.
+fn of_port(path: &Path, port: u32) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(format!("_{port}"));
+    name.into()
+}
+
+/// Each connection takes a descriptor; what a shell allows is far fewer than the system does.
+fn allow_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    let wanted = (2 * MOST) as u64;
+    if now.current.is_some_and(|current| current < wanted) {
+        let current = Some(now.maximum.map_or(wanted, |most| most.min(wanted)));
+        // Where it is refused there are fewer connections.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum: now.maximum });
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn kind(&self) -> Kind {
+        KIND
+    }
+
+    fn features(&self) -> u64 {
+        F_STREAM
+    }
+
+    fn space(&self) -> Vec<u8> {
+        self.cid.to_le_bytes().into()
+    }
+
+    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+        vec![self.inside.as_fd()]
+    }
+
+    fn service(&mut self, wake: Wake, active: &mut Active) {
+        if matches!(wake, Wake::Source(_) | Wake::Start) {
+            self.hear();
+        }
+        let [rx, tx, ..] = active.queues.as_mut_slice() else { return };
+        loop {
+            self.take(tx);
+            let stopped = self.resets.len() >= RESETS;
+            self.give(rx);
+            if !stopped || self.resets.len() >= RESETS {
+                return;
+            }
+        }
+    }
+
+    fn save(&self) -> Saved {
+        // Connections do not outlive a machine that is saved.
+        wrap(VERSION, &Stateless {})
+    }
+
+    fn load(&mut self, saved: &Saved) -> Result<()> {
+        unwrap(KIND.name, VERSION, saved).map(|Stateless {}| self.forget())
+    }
+}
