@@ -26,6 +26,8 @@ pub enum Effect {
     Exit(u64),
     /// A console has shown the text of `--until`.
     Until,
+    /// The guest's kernel says that it has panicked.
+    Panicked,
 }
 
 /// A device's volatile state, in a form a person can read.
@@ -46,6 +48,11 @@ pub trait Device: Send {
     /// The device's name in traces and snapshots.
     fn name(&self) -> &'static str;
 
+    /// The name of what answers at `offset`, where several share one device (a bus behind this bus).
+    fn name_at(&self, _offset: u64) -> &'static str {
+        self.name()
+    }
+
     /// The name of the register at `offset`, as its manual has it.
     fn register(&self, offset: u64, write: bool) -> &'static str;
 
@@ -65,6 +72,9 @@ pub trait Device: Send {
 
     /// The host has something for the device on one of its wires (console input).
     fn service(&mut self) {}
+
+    /// A CPU has come to the end of the interrupt with this vector (of level-triggered ones only).
+    fn end_of_interrupt(&mut self, _vector: u8) {}
 
     /// The device's volatile state.
     fn save(&self) -> Saved;
@@ -100,6 +110,8 @@ pub enum Exit<'a> {
     },
     /// HLT on a machine whose interrupt controllers are not in KVM.
     Halt,
+    /// The end of a level-triggered interrupt with this vector, where the I/O APIC is not in KVM.
+    EndOfInterrupt(u8),
     /// The CPU shut down (a triple fault on x86).
     Shutdown,
     /// KVM_EXIT_SYSTEM_EVENT: its type and data words.
@@ -163,9 +175,15 @@ pub struct Builder {
     pio: Vec<Range>,
     mmio: Vec<Range>,
     devices: Vec<Mutex<Box<dyn Device>>>,
+    controller: Option<DeviceId>,
 }
 
 impl Builder {
+    /// Makes a device the one that is told of ends of interrupt.
+    pub fn hears_ends(&mut self, id: DeviceId) {
+        self.controller = Some(id);
+    }
+
     /// Adds a device; it answers nowhere yet.
     pub fn add(&mut self, device: impl Device + 'static) -> DeviceId {
         self.devices.push(Mutex::new(Box::new(device)));
@@ -212,6 +230,7 @@ impl Builder {
             pio: self.pio,
             mmio: self.mmio,
             devices: self.devices,
+            controller: self.controller,
             missed: AtomicU64::new(0),
             first: Mutex::new(None),
         })
@@ -223,6 +242,7 @@ pub struct Buses {
     pio: Vec<Range>,
     mmio: Vec<Range>,
     devices: Vec<Mutex<Box<dyn Device>>>,
+    controller: Option<DeviceId>,
     missed: AtomicU64,
     first: Mutex<Option<Miss>>,
 }
@@ -343,6 +363,13 @@ impl Buses {
         effects.into_iter().find(|effect| *effect != Effect::None).unwrap_or(Effect::None)
     }
 
+    /// Tells the interrupt controller that a CPU has come to the end of an interrupt.
+    pub fn end_of_interrupt(&self, vector: u8) {
+        if let Some(device) = self.controller.and_then(|id| self.devices.get(id.0)) {
+            lock(device).end_of_interrupt(vector);
+        }
+    }
+
     /// Tells a device that the host has something for it. False where a vCPU is in the device at this moment: the
     /// event loop must not wait for it, since the vCPU may be waiting for the event loop to write its output.
     #[must_use]
@@ -360,7 +387,18 @@ impl Buses {
     pub fn name(&self, space: Space, addr: u64, write: bool) -> Option<(&'static str, &'static str)> {
         let range = self.find(space, addr)?;
         let device = self.device(range);
-        Some((device.name(), device.register(addr - range.base + range.offset, write)))
+        let offset = addr - range.base + range.offset;
+        Some((device.name_at(offset), device.register(offset, write)))
+    }
+
+    /// The number of the device at an address, as [`Buses::names`] counts them. Takes no lock.
+    pub fn at(&self, space: Space, addr: u64) -> Option<usize> {
+        self.find(space, addr).map(|range| range.device.0)
+    }
+
+    /// The names of all devices.
+    pub fn names(&self) -> Vec<&'static str> {
+        self.devices.iter().map(|device| lock(device).name()).collect()
     }
 
     /// How many accesses found no device, and the first of them.

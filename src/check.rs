@@ -6,7 +6,9 @@ use anyhow::Result;
 use kvm_ioctls::Cap;
 
 use crate::arch::{self, Feature, feature};
-use crate::vm::kvm;
+use crate::board;
+use crate::config::Config;
+use crate::vm::{Vm, kvm};
 
 /// What every architecture's KVM may have.
 const COMMON: &[Feature] = &[
@@ -47,7 +49,14 @@ pub fn check() -> Result<(String, bool)> {
     for (what, value) in arch::host_facts(kvm) {
         line(what, &value);
     }
-    let mut able = true;
+    // What only a machine can tell.
+    let machine = arch::layout(&Config::default()).and_then(|layout| Vm::new(arch::vm_type(kvm, &layout)?));
+    let mut able = machine.is_ok();
+    let cannot = |e| vec![("a machine", format!("cannot be made: {e:#}"))];
+    let facts = machine.map_or_else(cannot, |vm| board::host_facts(&vm));
+    for (what, value) in facts {
+        line(what, &value);
+    }
     for feature in COMMON.iter().chain(arch::FEATURES) {
         let there = kvm.check_extension(feature.cap);
         able &= there || !feature.required;

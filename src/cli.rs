@@ -5,12 +5,14 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, value_parser};
 
-use crate::config::Config;
+use crate::arch;
+use crate::config::{Config, Seconds, Size};
 use crate::error::usage;
 use crate::load::Image;
 
@@ -21,17 +23,37 @@ pub enum Command {
     Run(PathBuf, Config),
     /// Run a built-in guest.
     Example(&'static guests::Guest, Config),
+    /// Run Linux: the kernel in a file, or one found on this host.
+    ExampleLinux(Option<PathBuf>, Config),
     /// List the built-in guests.
     ListExamples,
     /// Say what a file is.
     Inspect(PathBuf),
     /// Say what the host offers.
     Check,
-    /// Print the address map of a machine, or write its device tree to a file.
-    Layout(Config, Option<PathBuf>),
+    /// Print the map of a machine.
+    Layout(Config),
+    /// Write its device tree to a file.
+    DeviceTree(Config, PathBuf),
+    /// Write its ACPI tables to a file.
+    AcpiTables(Config, PathBuf),
+    /// List this user's machines.
+    Ps,
+    /// Show a machine's statistics as they change.
+    Top(String),
+    /// End a machine, gently where its guest can be asked.
+    Stop(String),
+    /// Say how large a machine's balloon shall be, or show it.
+    Balloon(String, Option<Size>),
     /// Print a text to stdout: help, version, completions, the manual page.
     Print(Vec<u8>),
 }
+
+/// The example whose kernel is not built in.
+const LINUX: &str = "linux";
+
+/// `--watchdog` of the examples that crash.
+const CRASH_WATCH: Seconds = Seconds(Duration::from_secs(2));
 
 /// The largest configuration file.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -80,12 +102,46 @@ enum Verb {
     Check,
     /// Print the guest-physical address map of a machine
     #[command(
-        after_help = "Examples: bantam layout --memory 5G\n          bantam layout --fdt machine.dtb (arm64; read it with dtc -I dtb -O dts)"
+        after_help = "Examples: bantam layout --memory 5G\n          bantam layout --fdt machine.dtb (arm64; read it with dtc -I dtb -O dts)\n          bantam layout --acpi tables.bin (x86-64)"
     )]
     Layout {
         /// Write the machine's device tree to FILE instead (arm64)
         #[arg(long, value_name = "FILE")]
         fdt: Option<PathBuf>,
+        /// Write the ACPI tables of the machine that Linux gets to FILE instead, as they lie from 0xe0000 on (x86-64)
+        #[arg(long, value_name = "FILE", conflicts_with = "fdt")]
+        acpi: Option<PathBuf>,
+    },
+    /// List this user's machines
+    #[command(after_help = "A machine is in the list once it has run for 0.05 s, and at once if it has a --name.")]
+    Ps,
+    /// Show a machine's statistics as they change; q quits
+    #[command(after_help = "Example: bantam top $(bantam ps | awk 'NR == 2 { print $1 }')")]
+    Top {
+        /// The machine's name, as `bantam ps` shows it
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// End a machine: press its power button where the guest has a driver for it, else end it at once
+    #[command(
+        after_help = "A second `bantam stop`, or the machine's --stop-timeout, ends it in any case.\nExample: bantam stop web"
+    )]
+    Stop {
+        /// The machine's name, as `bantam ps` shows it
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// Take memory from a machine that goes on, and give it back: say how much its balloon shall hold
+    #[command(
+        after_help = "The machine needs --balloon and a guest with a driver for it, who may give less, and less soon.\nExamples: bantam balloon web 256M\n          bantam balloon web 0"
+    )]
+    Balloon {
+        /// The machine's name, as `bantam ps` shows it
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// Bytes, or a number with K, M or G, that the guest shall give to the host; without it the balloon is only shown
+        #[arg(value_name = "SIZE")]
+        size: Option<Size>,
     },
     /// Print a shell's completion script
     #[command(after_help = "Example: bantam completions bash > /etc/bash_completion.d/bantam")]
@@ -123,7 +179,13 @@ fn with_options(verb: clap::Command) -> clap::Command {
     };
     // The options bring a description of their own; the verb keeps its.
     let about = verb.get_about().cloned().unwrap_or_default();
-    Config::augment_args_for_update(verb).about(about).long_about(None).arg(config).args(positional)
+    let kernel = Arg::new("kernel")
+        .long("kernel")
+        .value_name("FILE")
+        .value_parser(value_parser!(PathBuf))
+        .help("The kernel of example linux [default: the newest /boot/vmlinuz-*]");
+    let kernel = (verb.get_name() == "example").then_some(kernel);
+    Config::augment_args_for_update(verb).about(about).long_about(None).arg(config).args(kernel).args(positional)
 }
 
 /// Understands the words of a command line, the program's name first.
@@ -152,14 +214,30 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
         }
         "example" => match words.get_one::<String>("name-of-example") {
             None => Ok(Command::ListExamples),
+            Some(name) if name == LINUX => {
+                let kernel = words.get_one::<PathBuf>("kernel").cloned();
+                Ok(Command::ExampleLinux(kernel, config(Config::default(), words)?))
+            }
+            Some(name) if words.contains_id("kernel") => {
+                Err(usage(format!("--kernel means nothing for example {name}")).into())
+            }
             Some(name) => example(name, words, &mut command),
         },
         "layout" => {
-            let tree = words.get_one::<PathBuf>("fdt").cloned();
-            Ok(Command::Layout(config(Config::default(), words)?, tree))
+            let file = |name| words.get_one::<PathBuf>(name).cloned();
+            let config = config(Config::default(), words)?;
+            Ok(match (file("fdt"), file("acpi")) {
+                (Some(tree), _) => Command::DeviceTree(config, tree),
+                (_, Some(tables)) => Command::AcpiTables(config, tables),
+                _ => Command::Layout(config),
+            })
         }
         _ => match Words::from_arg_matches(&matches)?.verb {
             Verb::Inspect { file } => Ok(Command::Inspect(file)),
+            Verb::Ps => Ok(Command::Ps),
+            Verb::Top { name } => Ok(Command::Top(name)),
+            Verb::Stop { name } => Ok(Command::Stop(name)),
+            Verb::Balloon { name, size } => Ok(Command::Balloon(name, size)),
             Verb::Completions { shell } => {
                 let mut text = Vec::new();
                 clap_complete::generate(shell, &mut self::command(None), "bantam", &mut text);
@@ -184,6 +262,10 @@ fn example(name: &str, words: &ArgMatches, command: &mut clap::Command) -> Resul
     let mut base = Config::default();
     if let Some((_, own)) = own.subcommand() {
         base.update_from_arg_matches(own)?;
+    }
+    // Where a guest may be lost without an exit, somebody looks.
+    if arch::CAN_BE_LOST && name.starts_with("crash-") {
+        base.watchdog = base.watchdog.or(Some(CRASH_WATCH));
     }
     Ok(Command::Example(guest, config(base, words)?))
 }
@@ -245,15 +327,17 @@ fn understandable(error: &clap::Error) -> crate::error::Refusal {
 
 /// The list that `bantam example` prints.
 pub fn list_examples() -> String {
-    let width = guests::all().iter().map(|g| g.name.len()).max().unwrap_or(0);
-    let lines = guests::all().iter().map(|g| format!("{:width$}  {}\n", g.name, g.about));
+    let linux = (LINUX, "a stock Linux kernel of this host's /boot, with a first process that is built in");
+    let all: Vec<_> = guests::all().iter().map(|g| (g.name, g.about)).chain([linux]).collect();
+    let width = all.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let lines = all.iter().map(|(name, about)| format!("{name:width$}  {about}\n"));
     lines.collect::<String>() + "\nRun one with `bantam example NAME`; any option of `bantam run` may follow.\n"
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Addr, CpuMode, IrqChip, Size};
+    use crate::config::{Addr, CpuMode, IrqChip};
     use crate::error::verdict;
 
     fn words(text: &str) -> Result<Command> {
@@ -262,7 +346,7 @@ mod tests {
 
     fn run(text: &str) -> Config {
         match words(text).unwrap() {
-            Command::Run(_, config) | Command::Example(_, config) | Command::Layout(config, _) => config,
+            Command::Run(_, config) | Command::Example(_, config) | Command::Layout(config) => config,
             other => panic!("{other:?}"),
         }
     }
@@ -273,7 +357,7 @@ mod tests {
             "run g --memory 1M --cpus 2 --load-at 0x2000 --entry 0x100:2 --cpu-mode long --reg rax=2 --reg rbx=0x3 \
              --irqchip kernel --until login: --timeout 2.5 --max-exits 7 --reboot --trace --debugcon mmio:0x996 --serial none",
         );
-        assert_eq!((config.memory, config.cpus, config.load_at), (Size(1 << 20), 2, Some(Addr(0x2000))));
+        assert_eq!((config.memory, config.cpus.count(), config.load_at), (Size(1 << 20), 2, Some(Addr(0x2000))));
         assert_eq!((config.cpu_mode, config.irqchip), (Some(CpuMode::Long), Some(IrqChip::Kernel)));
         assert_eq!((config.reg.len(), config.reboot, config.hugepages), (2, true, false));
         assert_eq!(config.trace.as_deref(), Some(Path::new("-")));
@@ -288,7 +372,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, "memory = \"2M\"\ncpus = 3\nreboot = true\n").unwrap();
         let config = run(&format!("run g --config {} --cpus 4", file.path().display()));
-        assert_eq!((config.memory, config.cpus, config.reboot), (Size(2 << 20), 4, true));
+        assert_eq!((config.memory, config.cpus.count(), config.reboot), (Size(2 << 20), 4, true));
         std::fs::write(&file, "memory = 1\n\nmemroy = 2\n").unwrap();
         let error = words(&format!("run g --config {}", file.path().display())).unwrap_err();
         assert!(format!("{error:#}").contains("line 3") && verdict(&error).0 == 2, "{error:#}");
@@ -299,7 +383,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(&file, "cpus = 2\nreg = [\"rax=7\"]\n").unwrap();
         let config = run(&format!("example add --config {}", file.path().display()));
-        assert_eq!((config.memory, config.cpus), (Size(4096), 2));
+        assert_eq!((config.memory, config.cpus.count()), (Size(4096), 2));
         assert_eq!(config.reg, ["rax=7".parse().unwrap()]);
     }
 

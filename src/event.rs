@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{Timespec, epoll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::host::sys;
 
 /// Most events taken in one call.
-const BATCH: usize = 8;
+pub const BATCH: usize = 8;
 
 /// Waits for descriptors to become readable. Each is known by a token of the caller's.
 pub struct Readiness {
@@ -39,6 +39,7 @@ impl Readiness {
         let flags = match flags {
             Edge::Level => epoll::EventFlags::IN,
             Edge::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
+            Edge::Both => epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET,
         };
         match epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), flags) {
             Ok(()) => Ok(true),
@@ -72,6 +73,13 @@ impl Readiness {
     }
 }
 
+/// Readable when something that it watches is ready, so that one may watch another.
+impl AsFd for Readiness {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
 /// When a watched descriptor reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Edge {
@@ -79,6 +87,22 @@ pub enum Edge {
     Level,
     /// When it becomes readable: a bell need not be read to fall silent.
     Edge,
+    /// When it becomes readable or writable.
+    Both,
+}
+
+/// What a thread needs for its stack, and what all of them take of the heap soon after.
+const ROOM: usize = 4 << 20;
+
+/// Who finds no memory for a few bytes ends the process: where address space is limited, that is found out before.
+fn check_room() -> Result<()> {
+    if sys::address_space_is_limited() {
+        let mut room = Vec::<u8>::new();
+        room.try_reserve_exact(ROOM)?;
+        // Or the compiler would leave out what nobody uses.
+        std::hint::black_box(&mut room);
+    }
+    Ok(())
 }
 
 /// A thread that was given something and gives it back.
@@ -93,13 +117,15 @@ impl<T: Send + 'static> Worker<T> {
     /// The host has no thread left.
     pub fn start(name: String, work: impl FnOnce() -> T + Send + 'static) -> Result<Self> {
         let what = format!("cannot start thread {name}");
+        check_room().context("too little address space is left").with_context(|| what.clone())?;
         let handle = std::thread::Builder::new().name(name).spawn(work).context(what)?;
         Ok(Self { handle })
     }
 
-    /// Interrupts the system call that the thread waits in; what it does then is between it and its caller.
-    pub fn kick(&self) {
-        sys::kick(self.handle.as_pthread_t());
+    /// Interrupts the system call that the thread waits in; what it does then is between it and its caller. False where the
+    /// host refuses.
+    pub fn kick(&self) -> bool {
+        sys::kick(self.handle.as_pthread_t())
     }
 
     /// Waits for the thread and takes back what it owned.

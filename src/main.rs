@@ -1,6 +1,6 @@
 //! The command: words → configuration → machine → exit status.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -8,8 +8,8 @@ use bantam::cli::{self, Command};
 use bantam::config::Config;
 use bantam::error::{refuse, status, usage, verdict};
 use bantam::host::say::{print, say};
-use bantam::load::{self, Image};
-use bantam::{arch, board, check, host, machine};
+use bantam::load::{self, Guest, Image};
+use bantam::{arch, board, check, host, machine, top};
 
 fn main() -> ExitCode {
     host::guard();
@@ -27,12 +27,18 @@ fn main() -> ExitCode {
 
 fn carry_out() -> Result<u8> {
     match cli::parse(std::env::args_os())? {
-        Command::Run(path, config) => run(Image::open(&path)?, &config),
-        Command::Example(guest, config) => run(Image::builtin(guest.name, (guest.image)()), &config),
+        Command::Run(path, config) => run(|| Image::open(&path), &config),
+        Command::Example(guest, config) => run(|| Ok(Image::builtin(guest.name, (guest.image)())), &config),
+        Command::ExampleLinux(kernel, config) => run_linux(kernel, &config),
         Command::ListExamples => print(cli::list_examples().as_bytes()),
         Command::Inspect(path) => print(format!("{}", load::identify(Image::open(&path)?)?).as_bytes()),
-        Command::Layout(config, None) => print(arch::layout(&config)?.to_string().as_bytes()),
-        Command::Layout(config, Some(tree)) => write_tree(&config, &tree),
+        Command::Layout(config) => print(arch::layout(&config)?.to_string().as_bytes()),
+        Command::DeviceTree(config, file) => write_tree(&config, &file),
+        Command::AcpiTables(config, file) => write_tables(config, &file),
+        Command::Ps => top::ps(),
+        Command::Top(name) => top::top(&name),
+        Command::Stop(name) => top::stop(&name),
+        Command::Balloon(name, size) => top::balloon(&name, size),
         Command::Print(text) => print(&text),
         Command::Check => {
             let (text, able) = check::check()?;
@@ -44,17 +50,65 @@ fn carry_out() -> Result<u8> {
 
 /// Writes the device tree of the machine that `config` describes.
 fn write_tree(config: &Config, path: &Path) -> Result<u8> {
-    let Some(tree) = board::device_tree(config, &arch::layout(config)?)? else {
+    let told = board::Chosen { cmdline: config.cmdline.as_deref(), ..board::Chosen::default() };
+    let Some(tree) = board::device_tree(config, &arch::layout(config)?, &told)? else {
         return Err(usage(format!("--fdt: an {} machine has no device tree", arch::NAME)).into());
     };
-    std::fs::write(path, tree).map_err(|e| refuse(format!("cannot write {}: {e}", path.display())))?;
+    write(path, &tree)
+}
+
+/// Writes the ACPI tables of the machine that Linux would get of `config`.
+fn write_tables(config: Config, path: &Path) -> Result<u8> {
+    let config = Config { platform: config.platform.or(arch::LINUX_PLATFORM), ..config };
+    arch::layout(&config)?;
+    let mut firmware = board::firmware(&config)?;
+    let tables = firmware.parts.iter().position(|(_, at, _)| firmware.rsdp == Some(*at));
+    let Some(tables) = tables else {
+        let kind = if arch::LINUX_PLATFORM.is_some() { "such an" } else { "an arm64" };
+        return Err(usage(format!("--acpi: {kind} machine has no ACPI tables")).into());
+    };
+    write(path, &firmware.parts.swap_remove(tables).2)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<u8> {
+    std::fs::write(path, bytes).map_err(|e| refuse(format!("cannot write {}: {e}", path.display())))?;
     Ok(0)
 }
 
-fn run(image: Image, config: &Config) -> Result<u8> {
-    let guest = load::identify(image)?;
-    let config = load::settle(config, &guest)?;
-    let ended = machine::run(&config, &guest)?;
+/// Runs a kernel with the built-in first process.
+fn run_linux(kernel: Option<PathBuf>, config: &Config) -> Result<u8> {
+    machine::hold_signal(config)?;
+    let kernel = kernel.or_else(newest_kernel).ok_or_else(|| {
+        refuse("there is no kernel in /boot that may be read").hint("name one: bantam example linux --kernel FILE")
+    })?;
+    let guest = load::identify(Image::open(&kernel)?)?;
+    if !matches!(guest.format, load::Format::Linux(_)) {
+        let name = guest.format.name();
+        return Err(usage(format!("--kernel {}: it is {name}, not a Linux kernel", kernel.display())).into());
+    }
+    run_guest(&Guest { initrd: Some(load::archive(guests::linux_init())), ..guest }, config)
+}
+
+/// The newest kernel of this host that may be read.
+fn newest_kernel() -> Option<PathBuf> {
+    let entries = std::fs::read_dir("/boot").ok()?.flatten().map(|entry| entry.path());
+    let kernels = entries.filter(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("vmlinuz")));
+    let readable = kernels.filter(|path| std::fs::File::open(path).is_ok());
+    readable.max_by_key(|path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok())
+}
+
+fn run(image: impl FnOnce() -> Result<Image>, config: &Config) -> Result<u8> {
+    machine::hold_signal(config)?;
+    run_guest(&load::identify(image()?)?, config)
+}
+
+fn run_guest(guest: &Guest, config: &Config) -> Result<u8> {
+    let config = load::settle(config, guest)?;
+    let ended = machine::run(&config, guest)?;
+    if config.explain.is_some() {
+        ended.machine.take_down();
+    }
+    host::socket::remove_all();
     // The kernel takes the machine down with the process, and faster than piece by piece.
     host::sys::exit_now(ended.end.status())
 }

@@ -3,17 +3,20 @@
 //! Invariant: the loop never blocks but in its one wait, so a signal is answered at once whatever the guest, the
 //! terminal or a pipe does.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::streams::{Ended, Streams};
+use super::watchdog::Watchdog;
 use super::{End, Lent, Life, Machine, Paused, Running};
 use crate::arch;
 use crate::board;
 use crate::event::{Edge, Readiness};
+use crate::host::say::say;
 use crate::host::sys;
-use crate::vcpu::Idle;
+use crate::vcpu::{Idle, Stop};
 
 const SIGNALS: u64 = 10;
 const BELL: u64 = 11;
@@ -31,6 +34,12 @@ const IDLE_SHARE: u32 = 20;
 /// How long the last output may wait for its reader when the guest ended by itself, and when a person ended it.
 const PATIENCE: Duration = Duration::from_secs(1);
 const IMPATIENCE: Duration = Duration::from_millis(30);
+/// How long a guest has to take note of its power button, where it is not known whether it has a driver; and how long
+/// then for somebody to act on it.
+const TAKES_NOTE: Duration = Duration::from_millis(300);
+const ACTS: Duration = Duration::from_secs(5);
+/// How long a guest has to switch itself off.
+const STOP_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Machine<Running> {
     /// Serves the machine until it ends, then takes its CPUs back.
@@ -41,7 +50,7 @@ impl Machine<Running> {
     /// # Errors
     /// The host refuses to wait.
     pub fn wait(mut self, life: &Life, streams: &mut Streams) -> Result<(Machine<Paused>, End)> {
-        let mut pause = FIRST_LOOK;
+        let mut looks = Looks { pause: FIRST_LOOK, watchdog: Watchdog::new(&self.config) };
         let readiness = match watching(life, streams) {
             Ok(readiness) => readiness,
             Err(e) => {
@@ -51,21 +60,50 @@ impl Machine<Running> {
         };
         loop {
             streams.hold();
-            let end = self.serve(&readiness, life, streams, pause);
+            let served = self.serve(&readiness, life, streams, &mut looks);
             streams.release();
             let ended = self.state.ended.clone();
             let machine = self.pause()?;
-            let mut end = end?;
-            if end == End::AllHalted {
+            let end = match (served?, ended.get()) {
+                (Served::End(end), _) if end != End::AllHalted => end,
                 // A CPU may have ended the machine while it was being stopped.
-                if let Some((cpu, stop)) = ended.get() {
-                    end = End::Guest(*cpu, stop.clone());
-                } else if board::can_wake(&machine.board, &machine.state.vcpus, &machine.memory)? {
-                    pause = LONGEST_LOOK.min(pause * 4);
-                    self = machine.resume(life, streams)?;
+                (_, Some((cpu, stop))) => End::Guest(*cpu, stop.clone()),
+                (Served::Report, None) => {
+                    say(&machine.scene(&life.last_exits(machine.buses())).life());
+                    self = machine.go_on(life, streams)?;
                     continue;
                 }
-            }
+                (Served::Stalled(story), None) => {
+                    say(&format!("{story}\n{}", machine.scene(&life.last_exits(machine.buses())).life()));
+                    self = machine.go_on(life, streams)?;
+                    continue;
+                }
+                (Served::Trapped(cpu), None) => {
+                    let found = machine.state.vcpus.iter().find(|vcpu| vcpu.id() == cpu);
+                    let Some(fault) = found.and_then(|vcpu| vcpu.trap(&machine.memory)) else {
+                        self = machine.go_on(life, streams)?;
+                        continue;
+                    };
+                    End::Guest(cpu, Stop::Died(fault))
+                }
+                (Served::Continued, None) => {
+                    self = machine.go_on(life, streams)?;
+                    continue;
+                }
+                (Served::Count, None) => {
+                    life.telling.start();
+                    self = machine.go_on(life, streams)?;
+                    continue;
+                }
+                (Served::End(end), None) => {
+                    if board::can_wake(&machine.board, &machine.state.vcpus, &machine.memory)? {
+                        looks.pause = LONGEST_LOOK.min(looks.pause * 4);
+                        self = machine.go_on(life, streams)?;
+                        continue;
+                    }
+                    end
+                }
+            };
             streams.finish(if matches!(end, End::Signal(_) | End::Quit) { IMPATIENCE } else { PATIENCE });
             return Ok((machine, end));
         }
@@ -77,27 +115,47 @@ impl Machine<Running> {
         Ok(Machine { state: Paused { vcpus: state.stop()? }, config, layout, memory, board, vm })
     }
 
-    fn serve(&self, readiness: &Readiness, life: &Life, streams: &mut Streams, pause: Duration) -> Result<End> {
-        let mut watch = Watch::new(self, pause);
+    fn serve(&self, readiness: &Readiness, life: &Life, streams: &mut Streams, looks: &mut Looks) -> Result<Served> {
+        let mut watch = Watch::new(self, looks.pause);
         let mut ready = Vec::new();
         loop {
             let ended = self.state.ended.get();
-            let next = [life.deadline, streams.deadline(), watch.next].into_iter().flatten().min();
+            let next =
+                [life.deadline, life.telling.deadline(), streams.deadline(), streams.control.deadline(), watch.next]
+                    .into_iter()
+                    .chain([looks.watchdog.as_ref().map(|watchdog| watchdog.next), life.stopping.deadline()])
+                    .flatten()
+                    .min();
             let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
             let patience = if ended.is_some() { Some(Duration::ZERO) } else { patience };
             readiness.wait(patience, &mut ready).context("epoll")?;
-            if ready.contains(&SIGNALS)
-                && let Some(end) = signal(life, streams)
-            {
-                return Ok(end);
+            if ready.contains(&SIGNALS) {
+                match signal(life, streams) {
+                    Some(Served::End(End::Signal(sys::SIGTERM))) if !self.stops(&life.stopping) => {}
+                    Some(served) => return Ok(served),
+                    None => {}
+                }
             }
             if let Some((cpu, stop)) = ended {
-                return Ok(End::Guest(*cpu, stop.clone()));
+                return Ok(Served::End(End::Guest(*cpu, stop.clone())));
+            }
+            let asked = streams.control.serve(readiness, &ready, &life.telling)?;
+            if asked.stop && self.stops(&life.stopping) {
+                return Ok(Served::End(End::Signal(sys::SIGTERM)));
+            }
+            if asked.count {
+                return Ok(Served::Count);
             }
             let wish = streams.serve(readiness, &ready)?;
             match wish.end {
-                Some(Ended::Quit) => return Ok(End::Quit),
-                Some(Ended::Interrupt) => return Ok(End::Signal(sys::SIGINT)),
+                Some(Ended::Report) => {
+                    // What was typed before it is still news to the guest.
+                    if wish.input {
+                        streams.tell_again();
+                    }
+                    return Ok(Served::Report);
+                }
+                Some(ended) => return Ok(Served::End(ended.into())),
                 None => {}
             }
             if wish.input && !self.board.buses.service(self.board.serial) {
@@ -105,12 +163,139 @@ impl Machine<Running> {
             }
             let now = Instant::now();
             if life.deadline.is_some_and(|at| at <= now) {
-                return Ok(End::Timeout);
+                return Ok(Served::End(End::Timeout));
             }
+            if life.stopping.deadline().is_some_and(|at| at <= now) && self.is_deaf(&life.stopping) {
+                return Ok(Served::End(End::Signal(sys::SIGTERM)));
+            }
+            life.telling.tell_due(now);
             if watch.all_halted(now) {
-                return Ok(End::AllHalted);
+                return Ok(Served::End(End::AllHalted));
+            }
+            if let Some(served) = looks.watch(now, &self.state.cpus) {
+                return Ok(served);
             }
         }
+    }
+}
+
+impl Machine<Running> {
+    /// Whether the machine ends now that someone wants it to. The first time its power button is pressed, if the guest may
+    /// hear it, and the guest gets time.
+    fn stops(&self, stopping: &Stopping) -> bool {
+        let heard = self.board.hears_button();
+        if stopping.is_on() || heard == Some(false) {
+            return true;
+        }
+        let patience = match heard {
+            Some(_) => self.config.stop_timeout.map_or(STOP_PATIENCE, |seconds| seconds.0),
+            None => TAKES_NOTE,
+        };
+        stopping.begin(patience, heard.is_none());
+        self.board.press_button();
+        if heard.is_some() {
+            self.tell_patience(patience);
+        }
+        false
+    }
+
+    /// Whether a guest whose time is up gets no more: one that has taken note of the button may have somebody who acts.
+    fn is_deaf(&self, stopping: &Stopping) -> bool {
+        if stopping.asks() && self.board.saw_button() {
+            let patience = self.config.stop_timeout.map_or(ACTS, |seconds| seconds.0.min(ACTS));
+            stopping.begin(patience, false);
+            self.tell_patience(patience);
+            return false;
+        }
+        true
+    }
+
+    fn tell_patience(&self, patience: Duration) {
+        say(&format!(
+            "bantam: pressed the power button; the guest has {} s to switch itself off, another signal ends it at once",
+            patience.as_secs_f64()
+        ));
+    }
+}
+
+impl Machine<Paused> {
+    /// Starts a machine again that was running before.
+    fn go_on(self, life: &Life, streams: &Streams) -> Result<Machine<Running>> {
+        self.state.vcpus.iter().for_each(|vcpu| arch::was_stopped(vcpu.fd()));
+        self.resume(life, streams)
+    }
+}
+
+impl From<Ended> for End {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Quit | Ended::Report => Self::Quit,
+            Ended::Interrupt => Self::Signal(sys::SIGINT),
+            Ended::Until => Self::Guest(0, Stop::Until),
+        }
+    }
+}
+
+/// Why the event loop stopped serving.
+enum Served {
+    End(End),
+    /// Statistics were asked for: the CPUs stop, and go on with someone who counts. So none of them looks for such a
+    /// wish between two exits.
+    Count,
+    /// The process was stopped for a while: the CPUs stop once more, and are told.
+    Continued,
+    /// `ctrl-a r`: the CPUs stop, a report shows them, and they go on.
+    Report,
+    /// `--watchdog` found what is said here; then the same.
+    Stalled(String),
+    /// It found a CPU that is lost in an exception.
+    Trapped(u32),
+}
+
+/// A machine that somebody wants to end, and whose guest was asked to: what is known of it in all its lives.
+#[derive(Default)]
+pub struct Stopping {
+    deadline: Cell<Option<Instant>>,
+    on: Cell<bool>,
+    /// Until the deadline it shows whether the guest takes note of the button at all.
+    asks: Cell<bool>,
+}
+
+impl Stopping {
+    fn begin(&self, patience: Duration, asks: bool) {
+        self.deadline.set(Instant::now().checked_add(patience));
+        self.asks.set(asks);
+        self.on.set(true);
+    }
+
+    /// The guest was asked.
+    pub fn is_on(&self) -> bool {
+        self.on.get()
+    }
+
+    fn asks(&self) -> bool {
+        self.asks.get()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline.get()
+    }
+}
+
+/// Looks at CPUs that no one else asked for.
+struct Looks {
+    /// How long until the first one at idle CPUs.
+    pause: Duration,
+    watchdog: Option<Watchdog>,
+}
+
+impl Looks {
+    /// What `--watchdog` finds, if it is time to look.
+    fn watch(&mut self, now: Instant, cpus: &[Lent]) -> Option<Served> {
+        let watchdog = self.watchdog.as_mut()?;
+        let found = watchdog.look(now, cpus);
+        let stalled = (!found.stalled.is_empty()).then(|| Served::Stalled(watchdog.story(&found.stalled)));
+        found.trapped.map(Served::Trapped).or(stalled)
     }
 }
 
@@ -120,23 +305,30 @@ fn watching(life: &Life, streams: &mut Streams) -> Result<Readiness> {
     readiness.watch(life.signals()?, SIGNALS, Edge::Level)?;
     readiness.watch(&*streams, BELL, Edge::Edge)?;
     streams.watch(&readiness)?;
+    streams.control.watch(&readiness)?;
     Ok(readiness)
 }
 
-/// The end that a signal asks for; none for one that only stops the process for a while.
-fn signal(life: &Life, streams: &Streams) -> Option<End> {
-    let mut info = [0; sys::SIGNAL_INFO];
-    let count = rustix::io::read(life.signals().ok()?, &mut info).unwrap_or(0);
-    match sys::signal_number(info.get(..count)?)? {
+/// What a signal asks for, if it is for the machine.
+fn signal(life: &Life, streams: &Streams) -> Option<Served> {
+    match sys::next_signal(life.signals().ok()?)? {
         sys::SIGTSTP => {
             streams.suspend();
             None
         }
         sys::SIGCONT => {
             streams.go_on();
+            Some(Served::Continued)
+        }
+        sys::SIGUSR1 => {
+            life.telling.tell();
             None
         }
-        number => Some(End::Signal(number)),
+        sys::SIGWINCH => {
+            streams.resized();
+            None
+        }
+        number => Some(Served::End(End::Signal(number))),
     }
 }
 
@@ -225,6 +417,8 @@ impl Watched<'_> {
             _ => Duration::MAX,
         };
         match (self.state, self.lent.flag.seen()) {
+            // The kick may have been refused.
+            (Seen::Asked, Idle::Unknown) if self.asked.elapsed() >= LAST_LOOK => self.ask(),
             (Seen::Asked, Idle::Unknown) => {}
             (Seen::Asked, seen) => self.state = Seen::Is(seen),
             (Seen::Is(_), _) if spent.is_zero() => {}

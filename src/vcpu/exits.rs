@@ -4,6 +4,7 @@
 
 use kvm_bindings::*;
 
+use super::reasons;
 use crate::bus::{Exit, FaultInfo, Space};
 
 /// What `run`, the start of a mapping of `run_size` bytes, says of the last KVM_RUN.
@@ -22,6 +23,8 @@ pub fn decode(run: &mut kvm_run, run_size: usize) -> Exit<'_> {
             };
         }
         KVM_EXIT_HLT => return Exit::Halt,
+        // SAFETY: the exit reason says that this member of the union is the one that KVM filled.
+        KVM_EXIT_IOAPIC_EOI => return Exit::EndOfInterrupt(unsafe { run.__bindgen_anon_1.eoi }.vector),
         KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_SET_TPR => return Exit::Interrupted,
         KVM_EXIT_SHUTDOWN => return Exit::Shutdown,
         KVM_EXIT_DEBUG => return Exit::Debug,
@@ -76,12 +79,15 @@ fn fault(run: &kvm_run) -> FaultInfo {
             // SAFETY: the exit reason says which member of the union KVM filled.
             let entry = unsafe { union.fail_entry };
             let (reason, cpu) = (entry.hardware_entry_failure_reason, entry.cpu);
-            format!("hardware entry failure reason {reason:#x} on host CPU {cpu}: the CPU refuses the guest's state")
+            let name = reasons::entry_failure(reason);
+            format!(
+                "hardware entry failure reason {reason:#x} ({name}) on host CPU {cpu}: the CPU refuses the guest's state"
+            )
         }
         KVM_EXIT_UNKNOWN => {
             // SAFETY: as above.
             let reason = unsafe { union.hw }.hardware_exit_reason;
-            format!("hardware exit reason {reason:#x}")
+            format!("hardware exit reason {reason:#x} ({})", reasons::exit(reason))
         }
         KVM_EXIT_INTERNAL_ERROR => {
             // SAFETY: as above.
@@ -92,7 +98,14 @@ fn fault(run: &kvm_run) -> FaultInfo {
             if suberror == KVM_INTERNAL_ERROR_EMULATION {
                 bytes = emulated_bytes(words);
             }
-            format!("suberror {suberror} ({}), data {words:x?}", suberror_name(suberror))
+            let name = suberror_name(suberror);
+            // KVM api.rst: where an exit was in the way, its reason is the word after the event's, or the first.
+            let reason = match (suberror, words) {
+                (KVM_INTERNAL_ERROR_DELIVERY_EV, [_, reason, ..])
+                | (KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [reason, ..]) => format!("; {}", reasons::exit(*reason)),
+                _ => String::new(),
+            };
+            format!("suberror {suberror} ({name}{reason}), data {words:x?}")
         }
         KVM_EXIT_EXCEPTION => {
             // SAFETY: as above.
@@ -219,7 +232,7 @@ mod tests {
         assert_eq!(name(1000), "exit reason 1000");
         let mut run = kvm_run { exit_reason: KVM_EXIT_FAIL_ENTRY, ..Default::default() };
         run.__bindgen_anon_1.fail_entry.hardware_entry_failure_reason = 0x8000_0021;
-        assert!(fault(&run).detail.contains("0x80000021"));
+        assert!(fault(&run).detail.contains("0x80000021 (VT-x: invalid guest state)"));
         let mut run = kvm_run { exit_reason: KVM_EXIT_INTERNAL_ERROR, ..Default::default() };
         run.__bindgen_anon_1.internal = kvm_run__bindgen_ty_1__bindgen_ty_13 { suberror: 3, ndata: 99, data: [5; 16] };
         assert!(fault(&run).detail.contains("DELIVERY_EV"));

@@ -6,27 +6,40 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(feature = "loops")]
+pub mod bare;
 mod exits;
+mod late;
+mod progress;
+mod reasons;
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use anyhow::Result;
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{Cap, VcpuFd};
 
+pub use self::late::Late;
+use self::progress::Progress;
 use crate::arch::{self, BootRegs, CpuState};
 use crate::bus::{Buses, Effect, Exit, FaultInfo};
 use crate::host::sys;
-use crate::trace::Trace;
+use crate::memory::Memory;
+use crate::trace::{Culprit, Sight, Trace};
 use crate::vm::kvm;
 
 /// `_IO(KVMIO, 0x80)`.
 const KVM_RUN: u64 = 0xae80;
+/// `_IO(KVMIO, 0xce)`.
+const KVM_GET_STATS_FD: u64 = 0xaece;
 /// How many further exits of one instruction [`Vcpu::settle`] answers; a longer string is cut there, between elements.
 const SETTLE: usize = 64;
+
+/// The name of the fault that is a panic of the guest's kernel.
+pub const PANICKED: &str = "pvpanic";
 
 /// A virtual CPU.
 pub struct Vcpu {
@@ -34,6 +47,23 @@ pub struct Vcpu {
     id: u32,
     /// Bytes mapped for `kvm_run` and what its offsets point into.
     run_size: usize,
+    /// RAM, to read the guest's code for `--trace-insn`.
+    code: Option<Memory>,
+    progress: Progress,
+    /// Writes that come with the next exit, where the machine has such.
+    late: Option<Arc<Late>>,
+}
+
+impl Sight for Vcpu {
+    fn pc(&mut self) -> u64 {
+        arch::pc(&mut self.fd, self.code.is_some())
+    }
+
+    fn culprit(&mut self) -> Option<Culprit> {
+        let memory = self.code.clone()?;
+        let state = arch::seen(&mut self.fd)?;
+        Some(Box::new(move |exit| state.culprit(&memory, exit)))
+    }
 }
 
 /// Why a vCPU's loop ended.
@@ -85,7 +115,12 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
             Effect::PowerOff => Next::Stop(Stop::PowerOff),
             Effect::Exit(value) => Next::Stop(Stop::DebugExit(value)),
             Effect::Until => Next::Stop(Stop::Until),
+            Effect::Panicked => died(PANICKED, "the guest's kernel says that it has panicked"),
         },
+        Exit::EndOfInterrupt(vector) => {
+            buses.end_of_interrupt(*vector);
+            Next::Run
+        }
         Exit::Interrupted => Next::Run,
         Exit::Halt => Next::Stop(Stop::Halted { interrupts: false }),
         Exit::Shutdown => died("KVM_EXIT_SHUTDOWN", arch::SHUTDOWN),
@@ -102,6 +137,7 @@ pub fn dispatch(exit: &mut Exit<'_>, buses: &Buses) -> Next {
 
 /// Runs a CPU until something ends it. With `trace::Off` there is nothing here but what is written.
 pub fn run_loop(vcpu: &mut Vcpu, buses: &Buses, flag: &Flag, trace: &mut impl Trace) -> Stop {
+    vcpu.show_pc(trace.wants_pc());
     loop {
         if flag.is_raised()
             && let Some(stop) = flag.answer(vcpu)
@@ -109,7 +145,10 @@ pub fn run_loop(vcpu: &mut Vcpu, buses: &Buses, flag: &Flag, trace: &mut impl Tr
             return stop;
         }
         trace.enter();
-        let mut exit = vcpu.run();
+        let result = vcpu.enter_guest();
+        trace.returned(vcpu);
+        vcpu.catch_up(buses);
+        let mut exit = vcpu.exit(result);
         let next = dispatch(&mut exit, buses);
         trace.leave(&exit, buses);
         let spent = !matches!(exit, Exit::Interrupted) && flag.spend();
@@ -132,6 +171,12 @@ pub struct Flag {
     left: Option<Arc<AtomicU64>>,
     /// The thread that runs the vCPU; 0 before it does.
     thread: AtomicU32,
+    /// Looks for `--watchdog`, and how many of them found that the CPU had got on.
+    looks: AtomicU32,
+    moved: AtomicU32,
+    trapped: AtomicU32,
+    /// Guest RAM, for looks.
+    memory: Option<Memory>,
 }
 
 /// A look may meet a guest that recovers; so many in a row do not.
@@ -139,6 +184,18 @@ const LOST: u8 = 3;
 
 const STOP: u32 = 1;
 const LOOK: u32 = 2;
+const WATCH: u32 = 4;
+
+/// What looks for `--watchdog` have seen of a CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// How many there were, since the CPU was last resumed.
+    pub looks: u32,
+    /// How often the CPU had got on, in all its life.
+    pub moved: u32,
+    /// Looks in a row that found it in the same exception, in its own vectors.
+    pub trapped: u32,
+}
 
 /// What a vCPU was doing when it was looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,14 +210,19 @@ pub enum Idle {
 }
 
 impl Flag {
-    /// A flag for one CPU; all of a machine share what is left of `--max-exits`, if there is a limit.
-    pub fn new(left: Option<Arc<AtomicU64>>) -> Arc<Self> {
+    /// A flag for one CPU; all of a machine share what is left of `--max-exits`, if there is a limit. With `memory`, a
+    /// look at the CPU sees its instructions too.
+    pub fn new(left: Option<Arc<AtomicU64>>, memory: Option<Memory>) -> Arc<Self> {
         Arc::new(Self {
             request: AtomicU32::new(0),
             idle: AtomicU8::new(0),
             lost: AtomicU8::new(0),
             left,
             thread: AtomicU32::new(0),
+            looks: AtomicU32::new(0),
+            moved: AtomicU32::new(0),
+            trapped: AtomicU32::new(0),
+            memory,
         })
     }
 
@@ -184,6 +246,18 @@ impl Flag {
         }
     }
 
+    /// Asks the vCPU whether it gets on; [`Flag::progress`] has the answer some time later.
+    pub fn watch(&self) {
+        self.request.fetch_or(WATCH, Ordering::SeqCst);
+    }
+
+    /// The answers to [`Flag::watch`], once there is one.
+    pub fn progress(&self) -> Option<Seen> {
+        let looks = self.looks.load(Ordering::SeqCst);
+        let (moved, trapped) = (self.moved.load(Ordering::SeqCst), self.trapped.load(Ordering::SeqCst));
+        (looks > 0).then_some(Seen { looks, moved, trapped })
+    }
+
     /// The thread that runs the vCPU, once there is one.
     pub fn thread(&self) -> Option<i32> {
         i32::try_from(self.thread.load(Ordering::Relaxed)).ok().filter(|id| *id != 0)
@@ -194,21 +268,26 @@ impl Flag {
     }
 
     /// Answers the requests; a stop where one was asked for, or where the guest turns out to be lost.
-    fn answer(&self, vcpu: &Vcpu) -> Option<Stop> {
-        let request = self.request.fetch_and(!LOOK, Ordering::SeqCst);
+    fn answer(&self, vcpu: &mut Vcpu) -> Option<Stop> {
+        let request = self.request.fetch_and(!(LOOK | WATCH), Ordering::SeqCst);
         if request & STOP != 0 {
             return Some(Stop::Asked);
+        }
+        if request & WATCH != 0 {
+            let (moved, trapped) = vcpu.progress(self.memory.as_ref());
+            self.moved.store(moved, Ordering::SeqCst);
+            self.trapped.store(trapped, Ordering::SeqCst);
+            self.looks.fetch_add(1, Ordering::SeqCst);
         }
         if request & LOOK == 0 {
             return None;
         }
         let idle = if arch::halted_for_good(&vcpu.fd) { Idle::ForGood } else { Idle::No };
-        let lost = arch::lost(&vcpu.fd);
+        let lost = arch::lost(&vcpu.fd, self.memory.as_ref());
         let looks = if lost.is_some() { self.lost.load(Ordering::Relaxed).saturating_add(1) } else { 0 };
         self.lost.store(looks, Ordering::Relaxed);
         self.idle.store(if lost.is_some() { Idle::No } else { idle } as u8, Ordering::SeqCst);
-        let detail = lost.filter(|_| looks >= LOST)?;
-        Some(Stop::Died(FaultInfo { name: "an exception without end".into(), detail, bytes: Vec::new() }))
+        lost.filter(|_| looks >= LOST).map(Stop::Died)
     }
 
     /// Takes one exit off the limit; true when that was the last.
@@ -221,8 +300,8 @@ impl Flag {
 
 impl Vcpu {
     /// Wraps a new vCPU.
-    pub(crate) fn new(fd: VcpuFd, id: u32, run_size: usize) -> Self {
-        Self { fd, id, run_size }
+    pub(crate) fn new(fd: VcpuFd, id: u32, run_size: usize, late: Option<Arc<Late>>) -> Self {
+        Self { fd, id, run_size, code: None, progress: Progress::default(), late }
     }
 
     /// The CPU's number.
@@ -235,12 +314,26 @@ impl Vcpu {
         &self.fd
     }
 
+    /// A descriptor for KVM's own counters of this CPU; none where this kernel has none. Not while the CPU runs: KVM
+    /// would have the call wait for it.
+    pub fn counters(&self) -> Option<OwnedFd> {
+        // SAFETY: the call takes no argument; the descriptor is a vCPU's.
+        let fd = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_GET_STATS_FD, 0) };
+        // SAFETY: KVM has just given the descriptor to us alone.
+        (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
     /// Sets the state to start from.
     ///
     /// # Errors
     /// KVM refuses the state.
     pub fn enter(&mut self, boot: &BootRegs) -> Result<()> {
         boot.apply(&mut self.fd, kvm()?)
+    }
+
+    /// Lets a trace see which instruction caused an exit.
+    pub fn show_code(&mut self, memory: &Memory) {
+        self.code = Some(memory.clone());
     }
 
     /// Makes the calling thread the one that runs this vCPU and that `flag` speaks of.
@@ -256,14 +349,52 @@ impl Vcpu {
         sys::forget_kicks();
     }
 
+    /// How often the CPU has got on, and for how many looks it is trapped, as far as looks tell; this is one.
+    fn progress(&mut self, memory: Option<&Memory>) -> (u32, u32) {
+        let active = progress::made_exit(self.fd.get_kvm_run()) || arch::rests(&self.fd, memory);
+        let trap = arch::trapped(&self.fd).map(|(trap, _)| trap);
+        let moved = self.progress.note(self.state().map_or(0, |state| state.pc()), active);
+        (moved, self.progress.trap(trap, active))
+    }
+
+    /// What looks have found the CPU trapped in, if it still is; in the words of [`arch::lost`] where that knows better.
+    pub fn trap(&self, memory: &Memory) -> Option<FaultInfo> {
+        let (_, fault) = arch::trapped(&self.fd).filter(|(trap, _)| self.progress.is_in(*trap))?;
+        arch::lost(&self.fd, Some(memory)).or(Some(fault))
+    }
+
     /// Runs the guest until its next exit.
     pub fn run(&mut self) -> Exit<'_> {
+        let result = self.enter_guest();
+        self.exit(result)
+    }
+
+    /// KVM_RUN, and nothing else.
+    fn enter_guest(&self) -> io::Result<()> {
         // SAFETY: KVM_RUN takes no argument; the descriptor is a vCPU's.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) };
-        if result >= 0 {
-            return exits::decode(self.fd.get_kvm_run(), self.run_size);
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), KVM_RUN, 0) } {
+            0.. => Ok(()),
+            _ => Err(io::Error::last_os_error()),
         }
-        let error = io::Error::last_os_error();
+    }
+
+    /// Carries out the writes that made no exit of their own.
+    fn catch_up(&self, buses: &Buses) {
+        if let Some(late) = &self.late {
+            late.carry_out(buses);
+        }
+    }
+
+    /// Whether [`arch::pc`] will be asked after each exit.
+    fn show_pc(&mut self, wanted: bool) {
+        if wanted && kvm().is_ok_and(|kvm| kvm.check_extension(Cap::SyncRegs)) {
+            arch::show_pc(&mut self.fd);
+        }
+    }
+
+    /// Why KVM_RUN returned.
+    fn exit(&mut self, result: io::Result<()>) -> Exit<'_> {
+        let Err(error) = result else { return exits::decode(self.fd.get_kvm_run(), self.run_size) };
         if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) {
             // A kick from here on sets it again; one before has raised its flag already.
             self.fd.set_kvm_immediate_exit(0);
@@ -275,19 +406,26 @@ impl Vcpu {
     }
 
     /// Completes the exit that is being answered, so that registers and memory show it done. The CPU runs no
-    /// instruction of its own.
-    pub fn settle(&mut self, buses: &Buses) {
+    /// instruction of its own; but the last part of one may still stop the machine.
+    pub fn settle(&mut self, buses: &Buses) -> Option<Stop> {
+        let mut stop = None;
         for _ in 0..SETTLE {
             self.fd.set_kvm_immediate_exit(1);
-            let mut exit = self.run();
-            match exit {
-                Exit::Read { .. } | Exit::Write { .. } => {
-                    dispatch(&mut exit, buses);
+            let result = self.enter_guest();
+            self.catch_up(buses);
+            let mut exit = self.exit(result);
+            let next = dispatch(&mut exit, buses);
+            match (next, exit) {
+                (Next::Run, Exit::Read { .. } | Exit::Write { .. }) => {}
+                (Next::Run, _) => break,
+                (Next::Stop(why), _) => {
+                    stop = Some(why);
+                    break;
                 }
-                _ => break,
             }
         }
         self.fd.set_kvm_immediate_exit(0);
+        stop
     }
 
     /// The registers. After an exit that was answered, call [`Vcpu::settle`] first.
@@ -338,8 +476,8 @@ mod tests {
     #[test]
     fn the_limit_of_exits_is_shared() {
         let left = Arc::new(AtomicU64::new(3));
-        let flags = [Flag::new(Some(left.clone())), Flag::new(Some(left))];
+        let flags = [Flag::new(Some(left.clone()), None), Flag::new(Some(left), None)];
         assert_eq!([flags[0].spend(), flags[1].spend(), flags[0].spend()], [false, false, true]);
-        assert!(!Flag::new(None).spend());
+        assert!(!Flag::new(None, None).spend());
     }
 }

@@ -1,0 +1,276 @@
+//! The machine's end of its control socket, served by the event loop between other things.
+//!
+//! Everything is bounded: clients, bytes of a request, time for one, and work: so many reads in each [`WINDOW`], then
+//! the socket is left alone until the next. Invariant: nothing here blocks.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::{Answer, Request, claim};
+use crate::event::{Edge, Readiness};
+
+/// Clients at once; one more takes the place of the one that has been silent longest.
+const CLIENTS: usize = 16;
+/// Bytes of one request.
+const LONGEST: usize = 51_200;
+/// How long a request may take to come, and an answer to be taken.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often an answer that was not taken whole is tried again.
+const RETRY: Duration = Duration::from_millis(8);
+const WINDOW: Duration = Duration::from_millis(50);
+/// Units of work in each window: a read, a connection. An answer costs more.
+const WORK: u32 = 100;
+const ANSWER: u32 = 8;
+const CHUNK: usize = 4096;
+
+/// The socket's tokens in the event loop begin here: the listener's, then the clients'.
+pub const TOKENS: u64 = 100;
+
+struct Client {
+    stream: UnixStream,
+    request: Vec<u8>,
+    answer: Vec<u8>,
+    /// When its last request was answered, or it came; or when the request or answer that is under way began.
+    since: Instant,
+    /// It will send no more, or shall not: it goes once it has its answer.
+    ending: bool,
+}
+
+/// A control socket that listens.
+pub struct Server {
+    path: PathBuf,
+    listener: UnixListener,
+    clients: [Option<Client>; CLIENTS],
+    window: Instant,
+    work: u32,
+    /// Nothing is watched until the window ends.
+    paused: bool,
+}
+
+/// What a step of serving a client led to.
+enum Step {
+    /// It has nothing more for now.
+    Wait,
+    /// There may be more.
+    Again,
+    Gone,
+}
+
+fn token(slot: usize) -> u64 {
+    TOKENS + 1 + slot as u64
+}
+
+impl Server {
+    /// Takes the name; none where another start is taking one at this moment.
+    ///
+    /// # Errors
+    /// The name is taken, or the folder cannot be used.
+    pub fn new(name: &str) -> Result<Option<Self>> {
+        let taken = claim(name)?;
+        Ok(taken.map(|(listener, path)| Self {
+            path,
+            listener,
+            clients: [const { None }; CLIENTS],
+            window: Instant::now(),
+            work: 0,
+            paused: false,
+        }))
+    }
+
+    /// Starts watching, with a new event loop.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn watch(&mut self, readiness: &Readiness) -> Result<()> {
+        self.paused = false;
+        readiness.watch(&self.listener, TOKENS, Edge::Level)?;
+        for (slot, client) in self.clients.iter().enumerate() {
+            if let Some(client) = client {
+                readiness.watch(&client.stream, token(slot), Edge::Level)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self, readiness: &Readiness) {
+        self.paused = true;
+        readiness.forget(&self.listener);
+        for client in self.clients.iter().flatten() {
+            readiness.forget(&client.stream);
+        }
+    }
+
+    /// When [`Server::serve`] wants to be called even if nothing comes.
+    pub fn deadline(&self) -> Option<Instant> {
+        let clients = self.clients.iter().flatten();
+        let times = clients.filter_map(|client| match (client.answer.is_empty(), client.request.is_empty()) {
+            (false, _) => Some((Instant::now() + RETRY).min(client.since + PATIENCE)),
+            (true, false) => Some(client.since + PATIENCE),
+            (true, true) => None,
+        });
+        times.chain(self.paused.then(|| self.window + WINDOW)).min()
+    }
+
+    /// Does what there is to do; `ready`: the tokens that are.
+    ///
+    /// # Errors
+    /// The host refuses to watch.
+    pub fn serve(
+        &mut self,
+        readiness: &Readiness,
+        ready: &[u64],
+        reply: &mut dyn FnMut(Request) -> Answer,
+    ) -> Result<()> {
+        let now = Instant::now();
+        if now.saturating_duration_since(self.window) >= WINDOW {
+            (self.window, self.work) = (now, 0);
+            if self.paused {
+                self.watch(readiness)?;
+            }
+        }
+        for slot in 0..CLIENTS {
+            let readable = !self.paused && ready.contains(&token(slot));
+            self.attend(slot, readable, now, reply);
+        }
+        if !self.paused && ready.contains(&TOKENS) {
+            self.accept(readiness, now)?;
+        }
+        if self.work >= WORK && !self.paused {
+            self.pause(readiness);
+        }
+        Ok(())
+    }
+
+    /// Serves one client for as long as there is something to do and work left.
+    fn attend(&mut self, slot: usize, readable: bool, now: Instant, reply: &mut dyn FnMut(Request) -> Answer) {
+        let Some(place) = self.clients.get_mut(slot) else { return };
+        let Some(client) = place else { return };
+        // Even if it is not read from now: who sends and does not take its answers is heard of again and again.
+        self.work += u32::from(readable);
+        let mut step = client.write(now);
+        while matches!(step, Step::Again) && client.answer.is_empty() {
+            // What is left for the next window is found then.
+            step = match if self.work < WORK { client.next_request() } else { None } {
+                Some(line) => {
+                    self.work += ANSWER;
+                    client.answer(&line, now, reply)
+                }
+                None if client.ending && self.work < WORK => Step::Gone,
+                None if readable && self.work < WORK => {
+                    self.work += 1;
+                    client.read(now)
+                }
+                None => Step::Wait,
+            };
+        }
+        let busy = !client.request.is_empty() || !client.answer.is_empty();
+        let late = busy && now.saturating_duration_since(client.since) >= PATIENCE;
+        if late || matches!(step, Step::Gone) {
+            // Closing it makes the event loop forget it.
+            *place = None;
+        }
+    }
+
+    fn accept(&mut self, readiness: &Readiness, now: Instant) -> Result<()> {
+        // Few at a time, so that those who are there have their turn.
+        for _ in 0..4 {
+            self.work += 1;
+            let Ok((stream, _)) = self.listener.accept() else { return Ok(()) };
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            let free = self.clients.iter().position(Option::is_none);
+            let silent = || self.clients.iter().enumerate().min_by_key(|(_, c)| c.as_ref().map(|c| c.since));
+            let slot = free.or_else(|| silent().map(|(slot, _)| slot)).unwrap_or(0);
+            readiness.watch(&stream, token(slot), Edge::Level)?;
+            if let Some(place) = self.clients.get_mut(slot) {
+                *place = Some(Client { stream, request: Vec::new(), answer: Vec::new(), since: now, ending: false });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Before the listener closes: after that another machine may take the name.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Client {
+    /// Takes what is left of an answer.
+    fn write(&mut self, now: Instant) -> Step {
+        while !self.answer.is_empty() {
+            match self.stream.write(&self.answer) {
+                Ok(0) => return Step::Gone,
+                Ok(count) => drop(self.answer.drain(..count)),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Step::Wait,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Step::Gone,
+            }
+            self.since = now;
+        }
+        Step::Again
+    }
+
+    /// A whole request, if there is one. The last one needs no line end.
+    fn next_request(&mut self) -> Option<Vec<u8>> {
+        match self.request.iter().position(|byte| *byte == b'\n') {
+            Some(end) => Some(self.request.drain(..=end).collect()),
+            None if self.ending && !self.request.is_empty() => Some(std::mem::take(&mut self.request)),
+            None => None,
+        }
+    }
+
+    fn answer(&mut self, line: &[u8], now: Instant, reply: &mut dyn FnMut(Request) -> Answer) -> Step {
+        match serde_json::from_slice(line).map(reply) {
+            Ok(Ok(json)) => self.say("ok", &json),
+            Ok(Err(why)) => self.error(&why),
+            Err(_) => self
+                .refuse("not a request; there are {\"ping\":{}}, {\"stats\":{}}, {\"balloon\":{}} and {\"stop\":{}}"),
+        }
+        self.since = now;
+        self.write(now)
+    }
+
+    fn say(&mut self, what: &str, json: &str) {
+        self.answer = format!("{{\"{what}\":{json}}}\n").into_bytes();
+    }
+
+    fn error(&mut self, why: &str) {
+        self.say("error", &serde_json::to_string(why).unwrap_or_default());
+    }
+
+    /// Who does not keep to the rules is told, and leaves.
+    fn refuse(&mut self, why: &str) {
+        self.ending = true;
+        self.request.clear();
+        self.error(why);
+    }
+
+    fn read(&mut self, now: Instant) -> Step {
+        let mut bytes = [0; CHUNK];
+        match self.stream.read(&mut bytes) {
+            Ok(0) => self.ending = true,
+            Ok(count) => {
+                if self.request.is_empty() {
+                    self.since = now;
+                }
+                self.request.extend_from_slice(bytes.get(..count).unwrap_or_default());
+                if self.request.len() > LONGEST {
+                    self.refuse("a request has at most 51200 bytes");
+                    return self.write(now);
+                }
+            }
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Step::Wait,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return Step::Gone,
+        }
+        Step::Again
+    }
+}

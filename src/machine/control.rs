@@ -1,0 +1,171 @@
+//! The machine behind its control socket.
+//!
+//! A machine with a name of its own takes its socket before it is built. Any other makes one once it has lived for
+//! [`LATE`]: to make it takes longer than a small guest runs, and nobody asks a machine of two milliseconds anything.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::telling::Telling;
+use crate::config::Config;
+use crate::control::{Answer, Info, Request, Server, check_name};
+use crate::error::refuse;
+use crate::event::Readiness;
+use crate::host::say::say;
+use crate::virtio::balloon;
+
+const LATE: Duration = Duration::from_millis(50);
+/// How long a machine with a name waits for others that are starting.
+const TRIES: u32 = 200;
+const TRY: Duration = Duration::from_millis(5);
+
+/// The control socket, or what it takes to make one.
+pub struct Control {
+    info: Info,
+    started: Instant,
+    server: Option<Server>,
+    /// When to make it.
+    due: Option<Instant>,
+    wish: Wish,
+    /// The machine's balloon, in all its lives.
+    pub balloon: Option<Arc<balloon::Wish>>,
+}
+
+/// What clients want of the machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// To begin to count: somebody asked for statistics that nobody keeps.
+    pub count: bool,
+    /// To end.
+    pub stop: bool,
+}
+
+impl Control {
+    /// Takes the name that `config` asks for, or none yet.
+    ///
+    /// # Errors
+    /// The name is no name or taken, or there is no place for the socket.
+    pub fn open(config: &Config) -> Result<Self> {
+        let started = Instant::now();
+        let mut server = None;
+        if let Some(name) = &config.name {
+            check_name(name)?;
+            for _ in 0..TRIES {
+                server = Server::new(name)?;
+                if server.is_some() {
+                    break;
+                }
+                std::thread::sleep(TRY);
+            }
+            if server.is_none() {
+                return Err(refuse("the control sockets' folder stays locked by another process").into());
+            }
+        }
+        let pid = std::process::id();
+        let info = Info {
+            name: config.name.clone().unwrap_or_else(|| format!("bantam-{pid}")),
+            pid,
+            age: 0.0,
+            guest: String::new(),
+            cpus: config.cpus.count(),
+            memory: config.memory.0,
+            exits_per_second: None,
+            balloon: None,
+        };
+        let balloon = config.balloon.then(balloon::Wish::new).transpose().context("eventfd")?;
+        let due = server.is_none().then(|| started + LATE);
+        Ok(Self { info, started, server, due, wish: Wish::default(), balloon })
+    }
+
+    /// What the machine runs.
+    pub fn describe(&mut self, guest: &str) {
+        guest.clone_into(&mut self.info.guest);
+    }
+
+    /// Starts watching.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn watch(&mut self, readiness: &Readiness) -> Result<()> {
+        self.server.as_mut().map_or(Ok(()), |server| server.watch(readiness))
+    }
+
+    /// When [`Control::serve`] wants to be called.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.due.into_iter().chain(self.server.as_ref().and_then(Server::deadline)).min()
+    }
+
+    /// Serves who asks; gives what they want.
+    ///
+    /// # Errors
+    /// The host refuses to watch.
+    pub fn serve(&mut self, readiness: &Readiness, ready: &[u64], telling: &Telling) -> Result<Wish> {
+        if self.due.is_some_and(|at| at <= Instant::now()) {
+            self.make(readiness)?;
+        }
+        let Self { info, started, server, wish, balloon, .. } = self;
+        let Some(server) = server else { return Ok(Wish::default()) };
+        info.age = started.elapsed().as_secs_f64();
+        info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
+        server.serve(readiness, ready, &mut |request| match request {
+            Request::Balloon { size } => aim(balloon.as_deref(), size, info.memory),
+            _ => answer(request, info, telling, wish),
+        })?;
+        Ok(std::mem::take(wish))
+    }
+
+    /// A machine that nobody gave a name does without a socket if it must.
+    fn make(&mut self, readiness: &Readiness) -> Result<()> {
+        self.due = None;
+        match Server::new(&self.info.name) {
+            Ok(None) => self.due = Some(Instant::now() + LATE),
+            Ok(Some(server)) => {
+                self.server = Some(server);
+                self.watch(readiness)?;
+            }
+            Err(e) => say(&format!("bantam: warning: `bantam ps` and `top` will not see this machine: {e:#}")),
+        }
+        Ok(())
+    }
+}
+
+/// Says how the balloon is, after it was told how large it shall be.
+fn aim(balloon: Option<&balloon::Wish>, size: Option<u64>, memory: u64) -> Answer {
+    let balloon = balloon.ok_or("this machine has no balloon; start it with --balloon")?;
+    match size {
+        Some(size) if size > memory => return Err(format!("the machine has {memory} bytes of RAM in all")),
+        Some(size) => balloon.aim(size),
+        None => {}
+    }
+    serde_json::to_string(&balloon.told()).map_err(|e| e.to_string())
+}
+
+fn answer(request: Request, info: &Info, telling: &Telling, wish: &mut Wish) -> Answer {
+    let json = match (request, telling.stats()) {
+        (Request::Ping {}, stats) => {
+            let exits_per_second = stats.map(|stats| stats.report().per_second());
+            serde_json::to_string(&Info { exits_per_second, ..info.clone() })
+        }
+        (Request::Stats { .. }, Some(stats)) => {
+            let report = stats.report();
+            let table = serde_json::to_string(&report.table()).unwrap_or_default();
+            serde_json::to_string(&report).map(|report| format!("{{\"table\":{table},\"report\":{report}}}"))
+        }
+        (Request::Stats { start: true }, None) => {
+            wish.count = true;
+            return Ok("null".into());
+        }
+        (Request::Stop {}, _) => {
+            wish.stop = true;
+            return Ok("null".into());
+        }
+        // Answered before.
+        (Request::Balloon { .. }, _) => return Err("no balloon".into()),
+        (Request::Stats { start: false }, None) => {
+            return Err("this machine keeps no statistics; start it with --stats".into());
+        }
+    };
+    json.map_err(|e| e.to_string())
+}
