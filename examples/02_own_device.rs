@@ -1,4 +1,4 @@
-//! A device of one's own: a port that doubles what is written to it, asked by a guest that ends with the answer.
+//! A device of one's own: a register that doubles what is written to it, asked by a guest that ends with the answer.
 //!
 //!     cargo run --example 02_own_device
 //!
@@ -6,13 +6,15 @@
 
 #![allow(clippy::print_stdout)]
 
-use bantam::arch::BootRegs;
-use bantam::bus::{Builder, Device, Effect, Saved, Space};
+mod parts;
+
+use bantam::bus::{Builder, Device, Effect, Saved};
 use bantam::device::debug_exit::DebugExit;
 use bantam::memory::{Memory, Span};
 use bantam::trace::Off;
 use bantam::vcpu::{Flag, run_loop};
 use bantam::vm::Vm;
+use parts::{ASK, RAM, SPACE};
 
 #[derive(Default)]
 struct Doubler {
@@ -53,24 +55,18 @@ impl Device for Doubler {
     }
 }
 
-/// mov al,21; out 0x20,al; in al,0x20; out 0xf4,al; hlt
-const GUEST: [u8; 9] = [0xb0, 21, 0xe6, 0x20, 0xe4, 0x20, 0xe6, 0xf4, 0xf4];
-
 fn main() -> anyhow::Result<()> {
-    let memory = Memory::new(&[Span { start: 0x1000, size: 0x1000 }], false)?;
-    memory.write(0x1000, &GUEST)?;
+    let memory = Memory::new(&[Span { start: RAM, size: 0x1000 }], false)?;
+    memory.write(RAM, ASK)?;
     let vm = Vm::new(0)?;
     vm.map(&memory)?;
-    let mut vcpu = vm.vcpu(0)?;
-    let mut boot = BootRegs::real();
-    boot.regs.rip = 0x1000;
-    vcpu.enter(&boot)?;
+    let mut vcpu = parts::cpu(&vm)?;
 
     let mut devices = Builder::default();
-    devices.place(Space::Pio, Span { start: 0x20, size: 1 }, Doubler::default())?;
-    devices.place(Space::Pio, Span { start: 0xf4, size: 4 }, DebugExit)?;
+    devices.place(SPACE, Span { start: 0x20, size: 1 }, Doubler::default())?;
+    devices.place(SPACE, Span { start: 0xf4, size: 4 }, DebugExit)?;
 
-    let stop = run_loop(&mut vcpu, &devices.finish(), &Flag::new(None), &mut Off);
+    let stop = run_loop(&mut vcpu, &devices.finish(), &Flag::new(None, None), &mut Off);
     println!("the guest ended with {stop:?}");
     Ok(())
 }

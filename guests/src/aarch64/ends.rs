@@ -35,15 +35,3 @@ guest! {
             b reset_end
     "#
 }
-
-guest! {
-    /// One load of two registers: the CPU tells KVM that memory is missing, but not what for.
-    crash, r#"
-            mov x2, 0xd000
-            movk x2, 0xdea, lsl 16
-            ldp x0, x1, [x2]
-    crash_end:
-            wfi
-            b crash_end
-    "#
-}

@@ -151,20 +151,24 @@ macro_rules! start_mmu {
     };
 }
 
+mod crash;
 mod elf;
 mod ends;
 mod fdt;
 mod first;
+mod linux;
 mod modes;
 mod serial;
 mod smp;
 mod tests;
 mod time;
 
+pub use crash::*;
 pub use elf::elf64;
-pub use ends::{crash, exit, poweroff, reset};
+pub use ends::{exit, poweroff, reset};
 pub use fdt::fdt;
 pub use first::{add, counter, hello, reader};
+pub use linux::linux_init;
 pub use modes::{cpuid, hello_el1, modes};
 pub use serial::{echo, echo_irq};
 pub use smp::{smp, smp_halt_off, smp_spin};
@@ -228,6 +232,42 @@ list! {
     "crash" crash [],
         "loads two registers at once from an address without memory, which KVM cannot emulate",
         "nothing; KVM_EXIT_ARM_NISV: 126, with pc and x2 = 0xdead000";
+    "crash-vectors" crash_vectors [],
+        "makes a system call, and nobody has set a vector table", "nothing; an exception without end: 126";
+    "crash-vectors-unmapped" crash_vectors_unmapped [],
+        "has a vector table where no memory is", "nothing; an exception without end: 126";
+    "crash-vectors-empty" crash_vectors_empty [],
+        "has a vector table that nobody has filled in", "nothing; an exception without end: 126";
+    "crash-handler" crash_handler [],
+        "has an exception handler that takes an exception itself", "nothing; an exception that does not end: 126";
+    "crash-undefined" crash_undefined [],
+        "executes an instruction that is none", "nothing; an exception without end: 126";
+    "crash-zeroes" crash_zeroes [],
+        "calls a function where nothing was loaded: zeroes", "nothing; an exception without end: 126";
+    "crash-jump" crash_jump [],
+        "jumps to where no memory is", "nothing; an exception without end: 126";
+    "crash-pc" crash_pc [],
+        "jumps to an address that is no multiple of 4", "nothing; an exception without end: 126";
+    "crash-unaligned" crash_unaligned [],
+        "takes a lock at an address that is not aligned to its size", "nothing; an exception without end: 126";
+    "crash-stack" crash_stack [],
+        "has a stack pointer to nowhere; its handler pushes to it too", "nothing; an exception without end: 126";
+    "crash-tables" crash_tables [],
+        "turns the MMU on with empty tables", "nothing; an exception without end: 126";
+    "crash-translation" crash_translation [],
+        "reads an address that no page table maps", "nothing; an exception without end: 126";
+    "crash-permission" crash_permission [],
+        "writes to memory that is mapped read-only", "nothing; an exception without end: 126";
+    "crash-noexec" crash_noexec [],
+        "jumps to memory that is mapped as data", "nothing; an exception without end: 126";
+    "crash-brk" crash_brk [],
+        "panics, as compilers do it", "nothing; an exception without end: 126";
+    "crash-el" crash_el [],
+        "returns to EL2, which it never came from", "nothing; an exception without end: 126";
+    "crash-sysreg" crash_sysreg [],
+        "reads a register of the hypervisor's level", "nothing; an exception without end: 126";
+    "crash-fpu" crash_fpu [],
+        "uses a floating-point register while they are switched off", "nothing; an exception without end: 126";
 }
 
 list! {
@@ -259,7 +299,9 @@ list! {
         "nothing; 1, or 2n + 1 if check n failed";
     "irq-storm" irq_storm [], "a timer's interrupt that is never silenced", "nothing; never ends";
     "abort-storm" abort_storm [], "executes where no memory is, and so does its fault's handler",
-        "nothing; never ends";
+        "nothing; 126 within seconds: it is lost in its own exceptions";
+    "add-off" add_off ["--memory", "4K", "--reg", "x0=2", "--reg", "x1=2"],
+        "adds x0 and x1, prints the digit and switches the machine off", "4 and a newline; PSCI SYSTEM_OFF: 0";
     "out100k-none" out100k_none [], "100,000 stores to an address without a device",
         "nothing; waits for no interrupt: 0";
     "out100k-serial" out100k_serial [], "100,000 stores to the serial port",

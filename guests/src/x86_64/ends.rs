@@ -30,13 +30,3 @@ guest! {
             hlt
     "#
 }
-
-guest! {
-    /// Faults. There is no interrupt table, so the page fault makes a double fault, and that one a triple fault.
-    crash, r#"
-    .code64
-            movabs rbx, 0xdeadbeef000
-            mov rax, qword ptr [rbx]
-            hlt
-    "#
-}

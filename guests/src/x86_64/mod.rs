@@ -38,9 +38,11 @@ macro_rules! start_pic {
     };
 }
 
+mod crash;
 mod elf;
 mod ends;
 mod first;
+mod linux;
 mod modes;
 mod multiboot;
 mod serial;
@@ -48,9 +50,11 @@ mod smp;
 mod tests;
 mod time;
 
+pub use crash::*;
 pub use elf::{elf32, elf64};
-pub use ends::{crash, exit, poweroff, reset};
+pub use ends::{exit, poweroff, reset};
 pub use first::{add, add_nasm, counter, reader};
+pub use linux::linux_init;
 pub use modes::{cpuid, hello_long, hello_protected, modes};
 pub use multiboot::{multiboot, multiboot2};
 pub use serial::{echo, echo_irq};
@@ -124,6 +128,51 @@ list! {
     "crash" crash ["--cpu-mode", "long"],
         "reads memory that is not mapped, with nobody to handle the fault",
         "nothing; triple fault: 126, with rip, rbx and (on Intel CPUs and under PVM) cr2 = 0xdeadbeef000";
+    "crash-idt" crash_idt ["--cpu-mode", "long", "--memory", "8M"], "a page that would be mapped on demand, but nobody has loaded an IDT",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-idt-unmapped" crash_idt_unmapped ["--cpu-mode", "long", "--memory", "8M"], "an IDT at an address that the page tables do not map",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-gates" crash_gates ["--cpu-mode", "long", "--memory", "8M"], "an IDT whose gates are all zeroes",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-handler" crash_handler ["--cpu-mode", "long", "--memory", "8M"], "an IDT whose gates lead to where no code is",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-gdt" crash_gdt ["--cpu-mode", "long", "--memory", "8M"], "an empty GDT, and a segment register loaded from it",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-stack" crash_stack ["--cpu-mode", "long", "--memory", "8M"], "a call with the stack in unmapped memory",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-tables" crash_tables ["--cpu-mode", "long", "--memory", "8M"], "CR3 loaded with a page of zeroes",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-readonly" crash_readonly ["--cpu-mode", "long", "--memory", "8M"], "a write to a page that may not be written",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-noexec" crash_noexec ["--cpu-mode", "long", "--memory", "8M"], "a jump into a page that may not be executed",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-zeroes" crash_zeroes ["--cpu-mode", "long", "--memory", "8M"], "a call through a null pointer, to zeroes",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-load-address" crash_load_address ["--cpu-mode", "long", "--memory", "8M"], "code that is linked for another address than it is loaded at",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-vex" crash_vex ["--cpu-mode", "long", "--memory", "8M"], "an AVX instruction that nobody has switched on",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-sse" crash_sse ["--cpu-mode", "long", "--memory", "8M"], "an SSE instruction, SSE being switched off",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-div0" crash_div0 ["--cpu-mode", "long", "--memory", "8M"], "a division by zero",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-ud" crash_ud ["--cpu-mode", "long", "--memory", "8M"], "ud2, which compilers put where no program must arrive",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-canonical" crash_canonical ["--cpu-mode", "long", "--memory", "8M"], "a read through a pointer that is no canonical address",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-msr" crash_msr ["--cpu-mode", "long", "--memory", "8M"], "a write to a model-specific register that no CPU has",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-int" crash_int ["--cpu-mode", "long", "--memory", "8M"],
+        "a system call by int 0x80, with no IDT",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-iret" crash_iret ["--cpu-mode", "long", "--memory", "8M"], "a return from an interrupt that never was",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-ltr" crash_ltr ["--cpu-mode", "long", "--memory", "8M"], "a task register that the GDT does not have",
+        "nothing; a triple fault or an internal error: 126, and the report names it";
+    "crash-pae" crash_pae ["--cpu-mode", "protected"], "long mode without PAE",
+        "nothing; a triple fault: 126, and the report names it";
+    "crash-past" crash_past ["--cpu-mode", "long", "--memory", "2M"], "code that runs out of the machine's RAM",
+        "nothing; an internal error: 126, and the report names it";
 }
 
 list! {
@@ -151,6 +200,8 @@ list! {
         "wW and a newline; 1, or 2n + 1 if check n failed";
     "vex" vex ["--cpu-mode", "long"], "one VEX-encoded instruction",
         "nothing; 126: an internal error where KVM emulates, a triple fault elsewhere";
+    "high-and-low" high_and_low ["--cpu-mode", "long"], "executes out beyond 4 GiB, below, and in a segment",
+        "nothing; halts: 0";
     "out100k-none" out100k_none [], "100,000 times out to a port without a device", "nothing; halts: 0";
     "out100k-serial" out100k_serial [], "100,000 times out to the serial port", "100,000 times `x`; halts: 0";
     "print-1m" print_1m ["--cpu-mode", "long", "--reg", "rbx=16384"],

@@ -1,6 +1,21 @@
 //! Guests to measure with.
 
 guest! {
+    /// [`add`](crate::add), but it ends with SYSTEM_OFF, which KVM reports at once: that a CPU waits for ever shows late.
+    add_off, r#"
+            mov x20, 0x09000000     // the serial port
+            add w0, w0, w1
+            add w0, w0, '0'         // a number below ten becomes its digit
+            str w0, [x20]
+            mov w0, '\n'
+            str w0, [x20]
+            mov w0, 0x84000000
+            add w0, w0, 8           // SYSTEM_OFF
+            hvc 0
+    "#
+}
+
+guest! {
     /// Exactly 100,000 stores to an address without a device; a hundred at a time, so that the loop costs little.
     out100k_none, r#"
             mov x20, 0x10

@@ -81,3 +81,41 @@ guest! {
             .ascii "done\n"
     "#
 }
+
+guest! {
+    /// Executes `out` where its page lies, where it is mapped once more beyond 4 GiB, there again, and twice in
+    /// 32-bit code of a segment that does not begin at 0: to port 1 at 0x1040, to 2 and 3 at 0x8000001080, to 4 at 0x10c0,
+    /// to 5 at 0x1100.
+    high_and_low, r#"
+    .set high_and_low_gdt_at, high_and_low_gdt - guest_high_and_low + 0x1000
+    .set high_and_low_gdtr_at, high_and_low_gdtr - guest_high_and_low + 0x1000
+    .code64
+            mov edi, 0xf8001000     // Bantam's PML4: entry 1 maps what entry 0 maps
+            mov rax, [rdi]
+            mov [rdi + 8], rax
+            jmp high_and_low_begin
+            .skip 0x40 - (. - guest_high_and_low)
+    high_and_low_begin:
+            out 1, al
+            movabs rax, 0x8000001080
+            jmp rax
+            .skip 0x80 - (. - guest_high_and_low)
+            out 2, al
+            out 3, al
+            lgdt [high_and_low_gdtr_at]
+            push 8
+            push 0x10c0 - 0x800
+            retfq
+            .skip 0xc0 - (. - guest_high_and_low)
+    .code32
+            out 4, al
+            .skip 0x100 - (. - guest_high_and_low), 0x90
+            out 5, al
+            hlt
+    high_and_low_gdtr:
+            .word 15
+            .quad high_and_low_gdt_at
+    high_and_low_gdt:
+            .quad 0, 0x00cf9a000800ffff     // code, 32 bits, from 0x800 on
+    "#
+}
