@@ -3,8 +3,10 @@
 //! Invariant: every program starts in the root of the repository, and one that fails is an error that names it.
 
 use std::ffi::OsStr;
+use std::mem::MaybeUninit;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -77,16 +79,37 @@ pub fn date() -> String {
     output(program("date", &["-u", "+%F"])).map_or_else(|_| "unknown".into(), |text| text.trim().into())
 }
 
+/// Whether this runs as root.
+pub fn is_root() -> bool {
+    // SAFETY: geteuid cannot fail and changes nothing.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::geteuid() == 0
+    }
+}
+
+/// CPU time of all children that have been waited for.
+pub fn cpu_of_children() -> Duration {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: getrusage writes one rusage, where `usage` is one.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr())
+    };
+    // SAFETY: all zeroes is an rusage too.
+    #[allow(unsafe_code)]
+    let usage = unsafe { usage.assume_init() };
+    let micros = |time: libc::timeval| time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_usec.unsigned_abs();
+    Duration::from_micros(micros(usage.ru_utime) + micros(usage.ru_stime))
+}
+
 /// Installs what a test or the bench needs from outside where that is possible, else says how.
 pub fn require(name: &str, package: &str) -> bool {
     if found(name) {
         return true;
     }
-    // SAFETY: geteuid cannot fail and changes nothing.
-    #[allow(unsafe_code)]
-    let root = unsafe { libc::geteuid() } == 0;
     let install = || run(program("apt-get", &["install", "-y", "-qq", "--no-install-recommends", package]));
-    if root && found("apt-get") {
+    if is_root() && found("apt-get") {
         eprintln!("xtask: {name} is missing: apt-get install {package}");
         let done = install().or_else(|_| run(program("apt-get", &["update", "-qq"])).and_then(|()| install()));
         if done.is_ok() && found(name) {

@@ -26,7 +26,7 @@ pub struct Words {
     /// Number of cases of each job [default: the job's own]
     #[arg(long, value_name = "N", conflicts_with = "sample")]
     count: Option<u64>,
-    /// Run only one chunk of each job, from its first case: the sample that CI takes
+    /// Run only one chunk of each job that CI takes a sample of, or of each that is named, from its first case
     #[arg(long)]
     sample: bool,
 }
@@ -36,18 +36,57 @@ struct Job {
     name: &'static str,
     /// Cases of a full run.
     count: u64,
-    /// Cases of one chunk: some ten seconds' worth.
+    /// Cases of one chunk: some ten seconds' worth, in a test host some minutes'.
     chunk: u64,
+    /// CI takes a chunk of it.
+    sample: bool,
     command: &'static [&'static str],
 }
 
 /// Every job there is.
-const JOBS: [Job; 1] = [Job {
-    name: "loaders",
-    count: 10_000_000,
-    chunk: 20_000,
-    command: &["cargo", "test", "--release", "--test", "fuzz_loaders"],
-}];
+const JOBS: [Job; 8] = [
+    Job {
+        name: "loaders",
+        count: 10_000_000,
+        chunk: 20_000,
+        sample: true,
+        command: &["cargo", "test", "--release", "--test", "fuzz_loaders"],
+    },
+    Job {
+        name: "virtio",
+        count: 3_000_000,
+        chunk: 20_000,
+        sample: true,
+        command: &["cargo", "test", "--release", "--test", "fuzz_virtio"],
+    },
+    Job { name: "linux-x86_64", count: PAIRINGS, chunk: 3, sample: false, command: &hosted("x86_64", KERNELS) },
+    Job { name: "linux-arm64", count: PAIRINGS, chunk: 9, sample: false, command: &hosted("arm64", KERNELS) },
+    Job { name: "reboot-x86_64", count: 1000, chunk: 20, sample: false, command: &hosted("x86_64", LIVES) },
+    Job { name: "reboot-arm64", count: 1000, chunk: 50, sample: false, command: &hosted("arm64", LIVES) },
+    // Streams of 4 MiB each way: 1 GiB in all.
+    Job { name: "tap", count: 256, chunk: 16, sample: false, command: &hosted("x86_64", STREAMS) },
+    Job {
+        name: "console",
+        count: 3,
+        chunk: 1,
+        sample: false,
+        command: &["cargo", "test", "--release", "--test", "console"],
+    },
+];
+
+/// Each of three kernels with each of three numbers of CPUs and three sizes of RAM, twice.
+const PAIRINGS: u64 = 54;
+
+/// Tests of tests/linux.rs.
+const KERNELS: &str = "every_kernel_runs_with_every_number_of_cpus_and_size_of_ram";
+const LIVES: &str = "with_reboot_the_machine_starts_anew";
+/// Of tests/net.rs.
+const STREAMS: &str = "a_guest_and_its_host_send_each_other_a_stream_over_tap";
+
+/// Runs a test in a test host.
+const fn hosted(lane: &'static str, test: &'static str) -> [&'static str; 6] {
+    ["cargo", "xtask", "test", "--only", lane, test]
+}
 
 /// How far a run is.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,7 +145,9 @@ pub fn run(words: &Words) -> Result<ExitCode> {
     let folder = sh::target().join("soak");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let (mut lines, mut good) = (Vec::new(), true);
-    for job in JOBS.iter().filter(|job| words.only.is_empty() || words.only.iter().any(|name| name == job.name)) {
+    let all = words.only.is_empty();
+    let chosen = |job: &&Job| all && (job.sample || !words.sample) || words.only.iter().any(|name| name == job.name);
+    for job in JOBS.iter().filter(chosen) {
         let count = if words.sample { job.chunk } else { words.count.unwrap_or(job.count) };
         let path =
             folder.join(if words.sample { format!("{}-sample.txt", job.name) } else { format!("{}.txt", job.name) });
@@ -196,7 +237,8 @@ fn line(job: &Job, progress: &Progress, outcome: &Outcome) -> String {
 mod tests {
     use super::*;
 
-    const TOY: Job = Job { name: "toy", count: 0, chunk: 10, command: &["sh", "-c", "echo $BANTAM_SOAK_SEED"] };
+    const TOY: Job =
+        Job { name: "toy", count: 0, chunk: 10, sample: true, command: &["sh", "-c", "echo $BANTAM_SOAK_SEED"] };
 
     fn progress(path: &Path) -> Progress {
         Progress::parse(&fs::read_to_string(path).unwrap()).unwrap()

@@ -3,16 +3,22 @@
 //! Invariant: a test that could not run is never counted as one that passed. Such a test appends a line
 //! `SKIPPED: name: why` to the file that BANTAM_SKIP_LOG names (libtest itself reports it as passed), and all of them
 //! are listed at the end.
+//!
+//! The two test hosts run side by side: each keeps a little more than one processor busy, and all that is to come from the
+//! second is shown when the first is done.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc;
+use std::thread::ScopedJoinHandle;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
-use crate::sh;
+use crate::arch::Arch;
+use crate::{drivers, lane, sh};
 
 /// Words of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -24,24 +30,34 @@ pub struct Words {
     filter: Option<String>,
 }
 
-/// Tests that run in the same place. A lane for another host (a nested one under QEMU) is one more line: its `run`
-/// starts the host and feeds what libtest prints there to [`Tally::line`].
+/// Takes the lines that a lane prints.
+type Show<'a> = &'a mut dyn FnMut(&str);
+
+/// Tests that run in the same place: here, or in a test host of `cargo xtask host`.
 struct Lane {
     name: &'static str,
     what: &'static str,
-    run: fn(filter: Option<&str>) -> Result<Tally>,
+    run: fn(filter: Option<&str>, show: Show<'_>) -> Result<Tally>,
+    /// It has a host of its own.
+    hosted: bool,
 }
 
-const LANES: [Lane; 2] = [
-    Lane { name: "unit", what: "tests beside the code; they need no KVM", run: unit },
-    Lane { name: "native", what: "whole machines on this host's /dev/kvm", run: native },
+const LANES: [Lane; 4] = [
+    Lane { name: "unit", what: "tests beside the code; they need no KVM", run: unit, hosted: false },
+    Lane { name: "native", what: "whole machines on this host's /dev/kvm", run: native, hosted: false },
+    Lane { name: "x86_64", what: "whole machines on the x86-64 test host", run: x86_64, hosted: true },
+    Lane { name: "arm64", what: "all tests of the monitor on the arm64 test host", run: arm64, hosted: true },
 ];
 
 /// Files under tests/ that start no machine.
-const NEED_NO_MACHINE: [&str; 2] = ["fuzz_loaders", "layering"];
+const NEED_NO_MACHINE: [&str; 3] = ["fuzz_loaders", "fuzz_virtio", "layering"];
+
+/// Files for which once is enough, here: one reads the repository and not the program, one needs a
+/// debugger, one a guest for a PC that runs anywhere.
+const NEED_NO_HOST: [&str; 3] = ["debugger", "drivers", "layering"];
 
 /// Programs that tests call: the program and its Debian package.
-const PROGRAMS: [(&str, &str); 1] = [("strace", "strace")];
+const PROGRAMS: [(&str, &str); 2] = [("strace", "strace"), ("gdb", "gdb")];
 
 /// What became of the tests of a lane.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -90,6 +106,9 @@ impl Tally {
     }
 }
 
+/// A lane's name, what became of its tests, and how many seconds it took.
+type Run = (&'static str, Tally, u64);
+
 /// How many tests passed, by what libtest printed.
 pub fn passed(text: &str) -> u64 {
     let mut tally = Tally::default();
@@ -106,22 +125,47 @@ pub fn run(words: &Words) -> Result<ExitCode> {
         eprintln!("xtask: /dev/kvm: {error}: tests of whole machines will be skipped");
     }
     let chosen = |lane: &&Lane| words.only.is_empty() || words.only.iter().any(|name| name == lane.name);
-    let mut tallies = Vec::new();
-    for lane in LANES.iter().filter(chosen) {
-        println!("== {}: {}", lane.name, lane.what);
-        let start = Instant::now();
-        let mut tally = (lane.run)(words.filter.as_deref())?;
-        // Of a lane that ran nothing, nobody knows that it works.
-        if words.filter.is_none() && tally.ran() == 0 && tally.skipped.is_empty() {
-            tally.failed.push(format!("{}: there was no test to run", lane.name));
-        }
-        tallies.push((lane.name, tally, start.elapsed().as_secs()));
-    }
+    let (hosts, here): (Vec<_>, Vec<_>) = LANES.iter().filter(chosen).partition(|lane| lane.hosted);
+    let filter = words.filter.as_deref();
+    let print = |line: &str| println!("{line}");
+    let mut tallies = here.into_iter().map(|lane| lane.go(filter, print)).collect::<Result<Vec<_>>>()?;
+    tallies.extend(side_by_side(&hosts, filter, print)?);
     Ok(verdict(&tallies, std::env::var("BANTAM_REQUIRE_KVM").is_ok_and(|v| v == "1")))
 }
 
+impl Lane {
+    /// Runs it: its name, what became of its tests, and how many seconds it took.
+    fn go(&self, filter: Option<&str>, mut show: impl FnMut(&str)) -> Result<Run> {
+        show(&format!("== {}: {}", self.name, self.what));
+        let start = Instant::now();
+        let mut tally = (self.run)(filter, &mut show)?;
+        // Of a lane that ran nothing, nobody knows that it works.
+        if filter.is_none() && tally.ran() == 0 && tally.skipped.is_empty() {
+            tally.failed.push(format!("{}: there was no test to run", self.name));
+        }
+        Ok((self.name, tally, start.elapsed().as_secs()))
+    }
+}
+
+/// Runs lanes at the same time; what they print is shown lane by lane.
+fn side_by_side(lanes: &[&'static Lane], filter: Option<&str>, mut show: impl FnMut(&str)) -> Result<Vec<Run>> {
+    std::thread::scope(|scope| {
+        let start = |lane: &&'static Lane| {
+            let (lane, (sender, lines)) = (*lane, mpsc::channel::<String>());
+            // Nobody hears it only where another lane could not even begin.
+            (lines, scope.spawn(move || lane.go(filter, |line| _ = sender.send(line.into()))))
+        };
+        let running: Vec<_> = lanes.iter().map(start).collect();
+        let finish = |(lines, run): (mpsc::Receiver<String>, ScopedJoinHandle<'_, Result<Run>>)| {
+            lines.into_iter().for_each(|line| show(&line));
+            run.join().unwrap_or_else(|_| bail!("a lane panicked"))
+        };
+        running.into_iter().map(finish).collect()
+    })
+}
+
 /// Says what happened; the last line is `N passed, N failed, N skipped`.
-fn verdict(tallies: &[(&str, Tally, u64)], require_kvm: bool) -> ExitCode {
+fn verdict(tallies: &[Run], require_kvm: bool) -> ExitCode {
     println!();
     for (lane, tally, seconds) in tallies {
         let (failed, skipped) = (tally.failed.len(), tally.skipped.len());
@@ -131,7 +175,8 @@ fn verdict(tallies: &[(&str, Tally, u64)], require_kvm: bool) -> ExitCode {
             tally.passed
         );
     }
-    let wanted = |why: &str| require_kvm && why.to_lowercase().contains("kvm");
+    // Not each that has KVM in its reason: some tests are of hosts whose KVM is another one.
+    let wanted = |why: &str| require_kvm && why.contains("/dev/kvm");
     let skips = tallies.iter().flat_map(|(_, tally, _)| &tally.skipped);
     let (missed, skipped): (Vec<_>, Vec<_>) = skips.partition(|(_, why)| wanted(why));
     let mut failed: Vec<_> = tallies.iter().flat_map(|(_, tally, _)| tally.failed.clone()).collect();
@@ -158,24 +203,68 @@ fn files(machines: bool) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn unit(filter: Option<&str>) -> Result<Tally> {
+fn unit(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
     // Not --bins: the floor has no runtime for tests to run in.
     let mut code = sh::cargo(&["test", "--no-fail-fast", "--workspace", "--lib", "--bin", "bantam", "--bin", "xtask"]);
     code.args(files(false)?.iter().flat_map(|name| ["--test", name]));
-    libtest("unit", [code, sh::cargo(&["test", "--no-fail-fast", "--workspace", "--doc"])], filter)
+    libtest("unit", [code, sh::cargo(&["test", "--no-fail-fast", "--workspace", "--doc"])], filter, show)
 }
 
-fn native(filter: Option<&str>) -> Result<Tally> {
+fn native(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
     // One test runs the programs of examples/.
     sh::run(sh::cargo(&["build", "--quiet", "--examples"]))?;
     let mut command = sh::cargo(&["test", "--no-fail-fast"]);
+    command.env("BANTAM_VIRTIO_GUEST", drivers::build()?);
     let files = files(true)?;
     command.args(files.iter().flat_map(|name| ["--test", name]));
-    libtest("native", (!files.is_empty()).then_some(command), filter)
+    libtest("native", (!files.is_empty()).then_some(command), filter, show)
+}
+
+fn x86_64(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
+    let mut all = files(true)?;
+    all.retain(|file| !NEED_NO_HOST.contains(&file.as_str()));
+    hosted(Arch::X86_64, &lane::Tests { files: &all, unit: false, filter }, show)
+}
+
+/// What is beside the code runs there too: on x86-64 the parts for arm64 are not even compiled.
+fn arm64(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
+    let mut all = [files(true)?, files(false)?].concat();
+    all.retain(|file| !NEED_NO_HOST.contains(&file.as_str()));
+    hosted(Arch::Arm64, &lane::Tests { files: &all, unit: true, filter }, show)
+}
+
+/// Runs a lane in a test host.
+fn hosted(arch: Arch, tests: &lane::Tests, show: Show<'_>) -> Result<Tally> {
+    let mut tally = Tally::default();
+    let mut counted = 0;
+    let take = |line: &str| {
+        show(line);
+        tally.line(line);
+        if let Some((name, status)) = lane::ended(line) {
+            // A test program that was killed counts nothing itself.
+            if status != 0 && tally.counted == counted {
+                tally.failed.push(format!("{name}: status {status}"));
+                tally.counted += 1;
+            }
+            counted = tally.counted;
+        }
+    };
+    let ran = lane::run(arch, tests, take);
+    match ran {
+        Ok(log) => tally.skips(&log),
+        // What could not run to its end did not pass.
+        Err(error) => tally.failed.push(format!("{error:#}")),
+    }
+    Ok(tally)
 }
 
 /// Runs `cargo test` commands, shows what they print, and counts.
-fn libtest(lane: &str, commands: impl IntoIterator<Item = Command>, filter: Option<&str>) -> Result<Tally> {
+fn libtest(
+    lane: &str,
+    commands: impl IntoIterator<Item = Command>,
+    filter: Option<&str>,
+    show: Show<'_>,
+) -> Result<Tally> {
     let folder = sh::target().join("xtask");
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let log = folder.join(format!("skipped-{lane}.txt"));
@@ -184,12 +273,12 @@ fn libtest(lane: &str, commands: impl IntoIterator<Item = Command>, filter: Opti
     for mut command in commands {
         command.args(filter).env("BANTAM_SKIP_LOG", &log).stdout(Stdio::piped());
         let words = sh::words(&command);
-        println!("-- {words}");
+        show(&format!("-- {words}"));
         let counted = tally.counted;
         let mut child = command.spawn().with_context(|| words.clone())?;
         for line in child.stdout.take().map(BufReader::new).into_iter().flat_map(BufRead::lines) {
             let line = line?;
-            println!("{line}");
+            show(&line);
             tally.line(&line);
         }
         let status = child.wait()?;
@@ -221,6 +310,26 @@ mod tests {
     }
 
     #[test]
+    fn lanes_side_by_side_are_shown_one_after_the_other() {
+        fn run(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
+            std::thread::sleep(std::time::Duration::from_millis(if filter.is_some() { 1 } else { 50 }));
+            show("it runs");
+            Ok(Tally { passed: 1, ..Tally::default() })
+        }
+        fn slow(_: Option<&str>, show: Show<'_>) -> Result<Tally> {
+            run(None, show)
+        }
+        static TWO: [Lane; 2] = [
+            Lane { name: "one", what: "slow", run: slow, hosted: true },
+            Lane { name: "two", what: "quick", run, hosted: true },
+        ];
+        let mut shown = Vec::new();
+        let ran = side_by_side(&[&TWO[0], &TWO[1]], Some("it"), |line| shown.push(line.to_owned())).unwrap();
+        assert_eq!(shown, ["== one: slow", "it runs", "== two: quick", "it runs"]);
+        assert!(ran.iter().map(|(name, tally, _)| (*name, tally.passed)).eq([("one", 1), ("two", 1)]));
+    }
+
+    #[test]
     fn a_skipped_test_did_not_pass_and_counts_once() {
         let mut tally = Tally { passed: 3, ..Tally::default() };
         tally.skips("SKIPPED: boots: no /dev/kvm: No such file\nSKIPPED: boots: no /dev/kvm: No such file\n");
@@ -240,6 +349,7 @@ mod tests {
         let (good, bad) = (format!("{:?}", ExitCode::SUCCESS), format!("{:?}", ExitCode::FAILURE));
         assert_eq!(code(tally(&[], "no /dev/kvm"), false), good);
         assert_eq!(code(tally(&[], "no strace"), true), good);
+        assert_eq!(code(tally(&[], "this host's KVM emulates nothing"), true), good);
         assert_eq!(code(tally(&[], "no /dev/kvm"), true), bad);
         assert_eq!(code(tally(&["it"], "no strace"), false), bad);
     }

@@ -14,10 +14,14 @@ use crate::sh;
 type Known = (u8, &'static str, &'static str);
 
 const CPUID: &str = "a CPU without CPUID refuses long mode and SSE; asked once a process, set once a CPU";
+const NISV: &str =
+    "an access that KVM cannot emulate is reported with its address, not as ENOSYS (KVM_CAP_ARM_NISV_TO_USER)";
+const STACK: &str = "a flat guest's stack pointer is at the end of RAM";
+const GIC: &str = "a guest with one CPU may want interrupts; first the version, and the ITS, are asked for. --irqchip none does without";
 const REAL_MODE: &str = "VT-x without unrestricted guest runs real mode in pages put here (api.rst 4.35, 4.90)";
 
 /// Every ioctl that Bantam or the floor may make. The bench calls an additional one without a reason UNJUSTIFIED.
-const KNOWN: [Known; 47] = [
+const KNOWN: [Known; 55] = [
     (0x00, "KVM_GET_API_VERSION", "any version but 12 is refused, and the reason said (P-03)"),
     (0x01, "KVM_CREATE_VM", ""),
     (0x02, "KVM_GET_MSR_INDEX_LIST", ""),
@@ -63,8 +67,16 @@ const KNOWN: [Known; 47] = [
     (0x9b, "KVM_SET_GUEST_DEBUG", ""),
     (0x9f, "KVM_GET_VCPU_EVENTS", ""),
     (0xa0, "KVM_SET_VCPU_EVENTS", ""),
-    (0xa3, "KVM_ENABLE_CAP", ""),
+    (0xa3, "KVM_ENABLE_CAP", NISV),
+    (0xab, "KVM_GET_ONE_REG", ""),
+    (0xac, "KVM_SET_ONE_REG", STACK),
     (0xad, "KVM_KVMCLOCK_CTRL", ""),
+    (0xae, "KVM_ARM_VCPU_INIT", ""),
+    (0xaf, "KVM_ARM_PREFERRED_TARGET", ""),
+    (0xb0, "KVM_GET_REG_LIST", ""),
+    (0xe0, "KVM_CREATE_DEVICE", GIC),
+    (0xe1, "KVM_SET_DEVICE_ATTR", GIC),
+    (0xe2, "KVM_GET_DEVICE_ATTR", ""),
 ];
 
 /// The number of KVM_RUN.
@@ -102,7 +114,9 @@ impl Calls {
             return;
         }
         let mut words = words.splitn(3, ", ").skip(1);
-        let request = words.next().and_then(|word| u32::from_str_radix(word.strip_prefix("0x")?, 16).ok()).unwrap_or(0);
+        // A call may be cut before its third argument.
+        let request = words.next().and_then(|word| word.split([' ', ')']).next());
+        let request = request.and_then(|word| u32::from_str_radix(word.strip_prefix("0x")?, 16).ok()).unwrap_or(0);
         // linux/kvm.h: KVMIO is 0xAE; the type is the second byte of a request, the number the first.
         let [number, kind, ..] = request.to_le_bytes();
         if kind == 0xae {
@@ -117,9 +131,9 @@ impl Calls {
 }
 
 /// Runs a command under strace. With `only` (a strace expression) other calls are not counted and, thanks to a seccomp
-/// filter, run at full speed.
-pub fn count(command: &Command, only: Option<&str>) -> Result<Calls> {
-    let log = sh::target().join("bench").join("strace.txt");
+/// filter, run at full speed. What strace writes goes to `folder`.
+pub fn count(command: &Command, only: Option<&str>, folder: &Path) -> Result<Calls> {
+    let log = folder.join("strace.txt");
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-X", "raw", "-s", "0", "-o"]).arg(&log);
     if let Some(only) = only {
@@ -134,7 +148,8 @@ pub fn count(command: &Command, only: Option<&str>) -> Result<Calls> {
     read(&log)
 }
 
-fn read(log: &Path) -> Result<Calls> {
+/// What strace has written of a run.
+pub fn read(log: &Path) -> Result<Calls> {
     let text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
     let mut calls = Calls::default();
     text.lines().for_each(|line| calls.line(line));
@@ -176,14 +191,14 @@ mod tests {
 
     const RUN_OF_ONE: &str = "10 execve(\"bantam\", [\"x\"], 0x7f) = 0\n10 ioctl(3, 0xae01, 0) = 4\n\
         10 ioctl(3, 0xae03, 0x4a)       = 1\n11 ioctl(5, 0xae80, 0 <unfinished ...>\n10 futex(0x55, 0x80) = 0\n\
-        11 <... ioctl resumed>) = 0\n11 ioctl(1, 0x5401, 0x7f) = -1 ENOTTY\n10 ioctl(5, 0x4020ae46, {slot=0}) = 0\n\
+        12 ioctl(6, 0xae80 <unfinished ...>\n12 <... ioctl resumed>, 0) = 0\n11 <... ioctl resumed>) = 0\n11 ioctl(1, 0x5401, 0x7f) = -1 ENOTTY\n10 ioctl(5, 0x4020ae46, {slot=0}) = 0\n\
         11 --- SIGUSR1 {si_signo=SIGUSR1} ---\n10 +++ exited with 0 +++\n";
 
     #[test]
     fn calls_are_counted_once_and_kvms_by_number() {
         let calls = calls(RUN_OF_ONE);
-        assert_eq!(calls.all, 7);
-        assert_eq!(calls.kvm, BTreeMap::from([(1, 1), (3, 1), (0x46, 1), (0x80, 1)]));
+        assert_eq!(calls.all, 8);
+        assert_eq!(calls.kvm, BTreeMap::from([(1, 1), (3, 1), (0x46, 1), (0x80, 2)]));
         assert_eq!((calls.kvm_setup(), calls.capabilities), (3, vec!["74".to_string()]));
     }
 

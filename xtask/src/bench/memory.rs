@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use super::subject::{Guest, Side};
+use super::subject::{Guest, Place, Side};
 
 /// KiB of a process's own memory.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -18,8 +18,8 @@ pub struct Own {
 }
 
 /// Starts a machine whose guest spins, reads what is its own once the guest has shown a sign of life, and ends it.
-pub fn own(side: Side, itself: bool) -> Result<Own> {
-    let mut child = side.command(Guest::Spin, itself).stdout(Stdio::piped()).spawn()?;
+pub fn own(place: &Place, side: Side) -> Result<Own> {
+    let mut child = place.command(side, Guest::Spin).stdout(Stdio::piped()).spawn()?;
     let mut byte = [0];
     let alive = child.stdout.take().context("no pipe")?.read_exact(&mut byte);
     let maps = fs::read_to_string(format!("/proc/{}/smaps", child.id()));

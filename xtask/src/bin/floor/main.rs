@@ -1,19 +1,23 @@
 //! The floor: the least that a program against libc can do to run a guest under KVM. The bench runs it beside Bantam.
 //!
-//! `floor add|thread|none|serial|spin [--time]`; `thread` is `add` with the vCPU on a named thread of its own; with `--time` it says on stderr how many nanoseconds its KVM_RUN loop took.
-//! Invariant: it makes no system call that could be left out. That is why it asks for no API version, and hands the
-//! registers over in `kvm_run` (KVM_CAP_SYNC_REGS) in place of three ioctls. It is no example to follow: it checks
-//! nothing that a machine monitor must check.
+//! `floor add|thread|spin` or `floor none|serial [EXITS]`; `thread` is `add` with the vCPU on a named thread of its own.
+//! Invariant: it makes no system call that could be left out. That is why it asks for no API version, and on x86-64 hands
+//! the registers over in `kvm_run`. It is no example to follow: it checks nothing that a machine monitor must check.
 #![no_main]
 // The point of this program is that nothing stands between it and the system calls.
 #![allow(unsafe_code)]
 
-#[path = "../guest.rs"]
+#[cfg_attr(target_arch = "aarch64", path = "aarch64.rs")]
+#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
+mod arch;
+#[path = "../../guest/mod.rs"]
 mod guest;
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
+
+use arch::Run;
 
 const KVM_CREATE_VM: c_ulong = 0xae01;
 const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
@@ -21,12 +25,7 @@ const KVM_CREATE_VCPU: c_ulong = 0xae41;
 const KVM_RUN: c_ulong = 0xae80;
 const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
 
-const KVM_EXIT_IO: u32 = 2;
-const KVM_EXIT_HLT: u32 = 5;
-const KVM_SYNC_X86_REGS: u64 = 1;
-const KVM_SYNC_X86_SREGS: u64 = 2;
-
-/// RAM of the machine: the one page of system B.
+/// RAM of the machine: one page, as in system B.
 const RAM: usize = 0x1000;
 
 /// struct kvm_userspace_memory_region.
@@ -37,103 +36,6 @@ struct Slot {
     guest: u64,
     size: u64,
     host: u64,
-}
-
-/// struct kvm_segment; `kind` is its `type`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Segment {
-    base: u64,
-    limit: u32,
-    selector: u16,
-    kind: u8,
-    present: u8,
-    dpl: u8,
-    db: u8,
-    s: u8,
-    l: u8,
-    g: u8,
-    avl: u8,
-    unusable: u8,
-    padding: u8,
-}
-
-/// struct kvm_dtable.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Table {
-    base: u64,
-    limit: u16,
-    padding: [u16; 3],
-}
-
-/// struct kvm_sregs.
-#[repr(C)]
-struct Sregs {
-    cs_to_ss: [Segment; 6],
-    tr: Segment,
-    ldt: Segment,
-    gdt: Table,
-    idt: Table,
-    cr0: u64,
-    cr2_to_cr8: [u64; 4],
-    efer: u64,
-    apic_base: u64,
-    interrupts: [u64; 4],
-}
-
-/// struct kvm_regs.
-#[repr(C)]
-struct Regs {
-    rax: u64,
-    rbx: u64,
-    rcx_to_r15: [u64; 14],
-    rip: u64,
-    rflags: u64,
-}
-
-/// The head of struct kvm_run, with the KVM_EXIT_IO member of its union.
-#[repr(C)]
-struct Run {
-    requests: [u8; 8],
-    reason: u32,
-    flags: [u8; 4],
-    cr8: u64,
-    apic_base: u64,
-    direction: u8,
-    size: u8,
-    port: u16,
-    count: u32,
-    data_offset: u64,
-    rest: [u8; 240],
-    valid: u64,
-    dirty: u64,
-    regs: Regs,
-    sregs: Sregs,
-}
-const _: () = assert!(std::mem::offset_of!(Run, valid) == 288 && size_of::<Sregs>() == 312);
-
-const fn segment(kind: u8, s: u8) -> Segment {
-    let (base, limit, selector, present) = (0, 0xffff, 0, 1);
-    Segment { base, limit, selector, kind, present, dpl: 0, db: 0, s, l: 0, g: 0, avl: 0, unusable: 0, padding: 0 }
-}
-
-/// The state of a CPU after reset (SDM Vol. 3, table 11-1) but with all segments at 0.
-fn real_mode() -> Sregs {
-    let table = Table { base: 0, limit: 0xffff, padding: [0; 3] };
-    let data = segment(3, 1);
-    Sregs {
-        cs_to_ss: [segment(11, 1), data, data, data, data, data],
-        tr: segment(11, 0),
-        ldt: segment(2, 0),
-        gdt: table,
-        idt: table,
-        cr0: 0x6000_0010,
-        cr2_to_cr8: [0; 4],
-        efer: 0,
-        apic_base: 0xfee0_0900,
-        interrupts: [0; 4],
-    }
 }
 
 /// Ends the program when a system call failed: there is nothing else to do about it here.
@@ -163,7 +65,7 @@ fn map(len: usize, flags: c_int, fd: c_int, what: &CStr) -> *mut c_void {
 }
 
 /// A machine with one page of RAM that holds `code`: its vCPU and the vCPU's `kvm_run`.
-fn build(code: &[u8]) -> (c_int, *mut Run) {
+fn build(code: &[u8], adds: bool) -> (c_int, *mut Run) {
     // SAFETY: the path is a C string.
     let kvm = unsafe { libc::open(c"/dev/kvm".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
     must(kvm, c"/dev/kvm");
@@ -176,10 +78,7 @@ fn build(code: &[u8]) -> (c_int, *mut Run) {
     let vcpu = ioctl(vm, KVM_CREATE_VCPU, 0, c"KVM_CREATE_VCPU");
     let size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0, c"KVM_GET_VCPU_MMAP_SIZE");
     let run = map(size.unsigned_abs() as usize, libc::MAP_SHARED, vcpu, c"mmap of kvm_run").cast::<Run>();
-    let regs = Regs { rax: 2, rbx: 2, rcx_to_r15: [0; 14], rip: guest::AT, rflags: 2 };
-    // SAFETY: kvm_run is mapped, longer than `Run`, and nothing else refers to it.
-    let state = unsafe { &mut *run };
-    (state.regs, state.sregs, state.dirty) = (regs, real_mode(), KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS);
+    arch::enter(vm, vcpu, run, adds);
     (vcpu, run)
 }
 
@@ -211,22 +110,29 @@ impl Output {
     }
 }
 
+/// What an exit is to the floor.
+enum Exit {
+    /// A byte for the serial port.
+    Output(u8),
+    /// Nobody answers.
+    Nothing,
+    /// The guest has ended.
+    End,
+    /// Something that no guest of the floor does.
+    Other(u32),
+}
+
 /// The bare loop: everything that one exit costs is here.
 fn run(vcpu: c_int, run: *mut Run, output: &mut Output) -> c_int {
     loop {
         // SAFETY: KVM_RUN takes no argument.
         let result = unsafe { libc::ioctl(vcpu, KVM_RUN, 0) };
         must(result, c"KVM_RUN");
-        // SAFETY: KVM writes kvm_run only inside KVM_RUN.
-        let exit = unsafe { &*run };
-        match exit.reason {
-            KVM_EXIT_IO if exit.port == guest::SERIAL => {
-                // SAFETY: KVM has put the data into the mapping, at the offset it says.
-                output.push(unsafe { *run.cast::<u8>().wrapping_add(exit.data_offset as usize) });
-            }
-            KVM_EXIT_IO => {}
-            KVM_EXIT_HLT => return 0,
-            reason => return 64 + (reason & 63) as c_int,
+        match arch::exit(run) {
+            Exit::Output(byte) => output.push(byte),
+            Exit::Nothing => {}
+            Exit::End => return 0,
+            Exit::Other(reason) => return 64 + (reason & 63) as c_int,
         }
     }
 }
@@ -264,11 +170,9 @@ fn threaded(vcpu: c_int, state: *mut Run, output: &mut Output) -> c_int {
     lent.status
 }
 
-fn now() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is there to be written.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+/// A decimal number.
+fn number(digits: &[u8]) -> u32 {
+    digits.iter().fold(0, |number: u32, digit| number.wrapping_mul(10).wrapping_add(u32::from(digit & 15)))
 }
 
 /// Where the C library starts the program.
@@ -281,7 +185,8 @@ pub unsafe extern "C" fn main(count: c_int, words: *const *const c_char) -> c_in
     let words = unsafe { std::slice::from_raw_parts(words, count.unsigned_abs() as usize) };
     // SAFETY: each is a C string.
     let word = |i: usize| words.get(i).map(|word| unsafe { CStr::from_ptr(*word) }.to_bytes());
-    let (none, serial) = (guest::outs(guest::NO_DEVICE, guest::EXITS), guest::outs(guest::SERIAL, guest::EXITS));
+    let exits = word(2).map_or(guest::EXITS, number);
+    let (none, serial) = (guest::outs(guest::NO_DEVICE, exits), guest::outs(guest::SERIAL, exits));
     let (code, limit): (&[u8], _) = match word(1) {
         Some(b"add" | b"thread") => (&guest::ADD, 0x1_0000),
         Some(b"none") => (&none, 0x1_0000),
@@ -290,18 +195,9 @@ pub unsafe extern "C" fn main(count: c_int, words: *const *const c_char) -> c_in
         _ => return 2,
     };
     let mut output = Output { bytes: MaybeUninit::uninit(), len: 0, limit };
-    let (vcpu, state) = build(code);
-    let start = now();
+    let (vcpu, state) = build(code, matches!(word(1), Some(b"add" | b"thread")));
     let run = if word(1) == Some(b"thread") { threaded } else { run };
     let status = run(vcpu, state, &mut output);
-    let elapsed = now() - start;
     output.flush();
-    if word(2) == Some(b"--time") {
-        let mut text = [0; 32];
-        // SAFETY: the format and its one argument agree, and the length is that of the buffer.
-        let len = unsafe { libc::snprintf(text.as_mut_ptr(), text.len(), c"%llu\n".as_ptr(), elapsed) };
-        // SAFETY: 20 digits and a newline fit in the buffer.
-        unsafe { libc::write(2, text.as_ptr().cast(), len.unsigned_abs() as usize) };
-    }
     status
 }

@@ -1,0 +1,136 @@
+//! `cargo xtask bench io`: virtio devices by themselves, with a driver of the bench's own: no guest, no KVM.
+//!
+//! Invariant: counts come first, and no time without the floor's beside it, of the same run, in turns. The floor moves the
+//! same bytes with the fewest copies and system calls that there are: `src/bin/io` says how.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+
+use super::{Series, about, calls, subject, value};
+use crate::sh;
+
+/// Words of `cargo xtask bench io`.
+#[derive(clap::Args)]
+pub struct Words {
+    /// How often each side runs; under 30 the table says that it is not to be quoted
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Requests of a run
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1000..))]
+    requests: u32,
+}
+
+/// What is measured: its key, what it is, and the part of the floor's rate that is promised.
+const SUBJECTS: [(&str, &str, f64); 5] = [
+    ("block-read", "disk: 4 KiB read from the page cache", 0.8),
+    ("net-out", "card on a socket: frame of 1514 bytes sent", 0.6),
+    ("net-in", "the same, received", 0.6),
+    ("vsock-out", "vsock: 2 KiB sent", 0.6),
+    ("vsock-in", "vsock: 4 KiB received", 0.6),
+];
+
+/// What is counted for each request, and how much is promised.
+const COUNTS: [(&str, f64); 4] = [("kicks", 0.2), ("interrupts", 0.2), ("calls", 0.1), ("allocations", 0.0)];
+
+/// Measures and prints.
+pub fn run(words: &Words) -> Result<ExitCode> {
+    sh::run(sh::cargo(&["build", "--quiet", "--release", "-p", "xtask", "--features", "inside", "--bin", "io"]))?;
+    let folder = sh::target().join("bench").join("io");
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let few = if words.runs < 30 { " (fewer than 30: not to be quoted)" } else { "" };
+    let (runs, requests) = (words.runs, words.requests);
+    println!(
+        "\n{}; {runs} runs{few} of {requests} requests, 32 at a time, sides taking turns.\n",
+        about(&subject::when())
+    );
+    println!("| for each request, the device on its thread | kicks | interrupts | system calls | allocations |");
+    println!("|---|---|---|---|---|");
+    for (key, name, _) in SUBJECTS {
+        let counted = count(key, requests, &folder)?;
+        let cells = COUNTS.map(|(what, most)| cell(value(&counted, what), f64::from(requests), most));
+        println!("| {name} | {} |", cells.join(" | "));
+    }
+    let times = sh::output(io(&["time", &runs.to_string(), &requests.to_string()], &folder))?;
+    println!(
+        "\n| min / p50 / p99, ns a request | floor | device alone | rate, of the floor's | promised | on its thread |"
+    );
+    println!("|---|---|---|---|---|---|");
+    for (key, name, promised) in SUBJECTS {
+        println!("{}", line(&times, key, name, promised));
+    }
+    fs::remove_dir_all(&folder)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn io(words: &[&str], folder: &Path) -> Command {
+    let mut command = Command::new(sh::target().join("release").join("io"));
+    command.args(words).arg(folder);
+    command
+}
+
+/// What the program counts itself, and `calls`: system calls of the device, where strace is there to count them.
+fn count(key: &str, requests: u32, folder: &Path) -> Result<String> {
+    let mut said = sh::output(io(&["count", key, &requests.to_string()], folder))?;
+    if sh::require("strace", "strace") {
+        let traced = |requests: u32| -> Result<f64> {
+            let (command, log) = (io(&["count", key, &requests.to_string()], folder), folder.join("strace.txt"));
+            let mut strace = Command::new("strace");
+            strace.args(["-f", "-qq", "-X", "raw", "-s", "0", "-o"]).arg(&log);
+            let said = sh::output({
+                strace.arg(command.get_program()).args(command.get_args());
+                strace
+            })?;
+            // The driver's own, and those of the other ends, are nobody's.
+            Ok(calls::read(&log)?.all as f64 - value(&said, "own").unwrap_or(0.0))
+        };
+        // What the start takes is no request's.
+        let (least, most) = (traced(requests)?, traced(2 * requests)?);
+        said += &format!("calls {}\n", most - least);
+    }
+    Ok(said)
+}
+
+fn cell(count: Option<f64>, requests: f64, most: f64) -> String {
+    let Some(each) = count.map(|count| count / requests) else { return "not measured".into() };
+    let kept = if each <= most { "kept" } else { "**MISSED**" };
+    format!("{each:.3} (≤ {most}: {kept})")
+}
+
+/// One line of the table of times.
+fn line(times: &str, key: &str, name: &str, promised: f64) -> String {
+    let series = |side: &str| {
+        let prefix = format!("time {key} {side} ");
+        Series(times.lines().filter_map(|line| line.strip_prefix(&prefix)?.parse().ok()).collect())
+    };
+    let (floor, alone, thread) = (series("floor"), series("alone"), series("thread"));
+    let (best, middle) = (floor.min() / alone.min(), floor.p50() / alone.p50());
+    let kept = if middle >= promised { "kept" } else { "**MISSED**" };
+    let [floor, alone, thread] = [floor, alone, thread].map(|series| series.cell(1.0, 0));
+    format!("| {name} | {floor} | {alone} | {best:.2} / {middle:.2} | ≥ {promised} at p50: {kept} | {thread} |")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_the_floors_time_by_the_devices() {
+        let times = "time x floor 80\ntime x alone 100\ntime x thread 200\ntime y alone 1\n";
+        assert_eq!(
+            line(times, "x", "X", 0.8),
+            "| X | 80 / 80 / 80 | 100 / 100 / 100 | 0.80 / 0.80 | ≥ 0.8 at p50: kept | 200 / 200 / 200 |"
+        );
+        assert!(line(times, "x", "X", 0.81).contains("MISSED") && line(times, "z", "Z", 0.1).contains("MISSED"));
+    }
+
+    #[test]
+    fn counts_are_of_one_request() {
+        assert_eq!(cell(Some(100.0), 1000.0, 0.1), "0.100 (≤ 0.1: kept)");
+        assert_eq!(cell(Some(1.0), 1000.0, 0.0), "0.001 (≤ 0: **MISSED**)");
+        assert_eq!(cell(None, 1.0, 1.0), "not measured");
+    }
+}
