@@ -41,6 +41,22 @@ fn eight_cpus_of_gicv2() {
 }
 
 #[test]
+fn no_its_for_whom_it_is_not_to_be() {
+    let Some(source) = source("--msi none") else { return };
+    assert!(
+        !source.contains("its") && source.contains("#address-cells = <0x00>;\n\t\treg = <0x00 0x8000000"),
+        "{source}"
+    );
+}
+
+#[test]
+fn counters_are_named_where_they_are_asked_for() {
+    let Some(source) = source("--cpu-features pmu,sve") else { return };
+    let pmu = "pmu {\n\t\tcompatible = \"arm,armv8-pmuv3\";\n\t\tinterrupts = <0x01 0x07 0x04>;\n\t};";
+    assert!(source.contains(pmu), "{source}");
+}
+
+#[test]
 fn system_d() {
     let words = "--memory 4K --ram-base 0x10000 --debugcon mmio:0x996 --irqchip none";
     assert_golden(words, include_str!("golden/arm64-system-d.dts"));

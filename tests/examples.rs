@@ -16,6 +16,6 @@ fn the_library_runs_a_machine_by_hand() {
     if !common::kvm() {
         return;
     }
-    example("01_twelve_bytes").expect(0).printed("4\n");
+    example("01_twelve_bytes").expect(0).printed(common::arch::TWELVE);
     example("02_own_device").expect(0).printed("the guest ended with DebugExit(42)\n");
 }

@@ -4,24 +4,13 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod random;
+
+use std::io::Write;
+use std::sync::LazyLock;
+
 use bantam::load::fuzz_one;
-
-struct Random(u64);
-
-impl Random {
-    /// SplitMix64: a good stream from any seed, 0 included.
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() % limit.max(1) as u64).unwrap()
-    }
-}
+use random::Random;
 
 /// Values that break arithmetic.
 const EDGES: [u64; 12] = [
@@ -55,23 +44,53 @@ fn reseal(bytes: &mut [u8]) {
     }
 }
 
+/// An arm64 kernel as far as its header goes, bare and packed (x86-64 reads as much of it as it takes to refuse it).
+fn kernels() -> [Vec<u8>; 4] {
+    let mut image = vec![0x1f; 200 << 10];
+    image[..0x200].fill(0);
+    let mut put = |at: usize, bytes: &[u8]| image[at..][..bytes.len()].copy_from_slice(bytes);
+    put(0, b"MZ");
+    put(16, &(1u64 << 20).to_le_bytes());
+    put(24, &[0xa]);
+    put(0x38, b"ARM\x64\x40");
+    put(0x40, b"PE\0\0\x64\xaa\x01");
+    put(0x68, &(200u32 << 10).to_le_bytes());
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&image).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let zstd = ruzstd::encoding::compress_to_vec(&image[..], ruzstd::encoding::CompressionLevel::Fastest);
+    let mut zboot = [b"MZ\0\0zimg\x40\0\0\0".to_vec(), (gzip.len() as u32).to_le_bytes().to_vec()].concat();
+    zboot.resize(24, 0);
+    zboot.extend(b"gzip");
+    zboot.resize(0x40, 0);
+    zboot.extend(&gzip);
+    [image, gzip, zstd, zboot]
+}
+
+fn sample(random: &mut Random) -> Vec<u8> {
+    static KERNELS: LazyLock<[Vec<u8>; 4]> = LazyLock::new(kernels);
+    let names = ["elf32", "elf64", "multiboot", "multiboot2", "add"];
+    let guests: Vec<_> = names.into_iter().filter_map(guests::find).collect();
+    let which = random.index(guests.len() + KERNELS.len());
+    guests.get(which).map_or_else(|| KERNELS[which - guests.len()].clone(), |guest| (guest.image)().to_vec())
+}
+
 fn mutant(seed: u64) -> Vec<u8> {
     let mut random = Random(seed);
-    let names = ["elf32", "elf64", "multiboot", "multiboot2", "add"];
-    let mut bytes = (guests::find(names[random.below(names.len())]).unwrap().image)().to_vec();
-    for _ in 0..=random.below(6) {
+    let mut bytes = sample(&mut random);
+    for _ in 0..=random.index(6) {
         // Headers are at the front: most mutations go there.
-        let range = if random.below(4) > 0 { bytes.len().min(160) } else { bytes.len() };
-        let at = random.below(range);
-        let size = 1 << random.below(4);
-        let value = if random.below(2) == 0 { EDGES[random.below(EDGES.len())] } else { random.next() };
+        let range = if random.index(4) > 0 { bytes.len().min(160) } else { bytes.len() };
+        let at = random.index(range);
+        let size = 1 << random.index(4);
+        let value = if random.index(2) == 0 { EDGES[random.index(EDGES.len())] } else { random.next() };
         let end = (at + size).min(bytes.len());
         bytes[at..end].copy_from_slice(&value.to_le_bytes()[..end - at]);
     }
-    if random.below(3) == 0 {
-        bytes.truncate(random.below(bytes.len() + 1));
+    if random.index(3) == 0 {
+        bytes.truncate(random.index(bytes.len() + 1));
     }
-    if random.below(4) > 0 {
+    if random.index(4) > 0 {
         reseal(&mut bytes);
     }
     bytes
@@ -79,8 +98,7 @@ fn mutant(seed: u64) -> Vec<u8> {
 
 #[test]
 fn no_file_breaks_a_loader() {
-    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
-    let (seed, count) = (number("BANTAM_SOAK_SEED", 1), number("BANTAM_SOAK_COUNT", 3000));
+    let (seed, count) = random::sample(3000);
     let mut loaded = 0;
     for case in seed..seed.saturating_add(count) {
         let bytes = mutant(case);

@@ -6,14 +6,14 @@
 use std::path::{Path, PathBuf};
 
 const LAYERS: &[&[&str]] = &[
-    &["main", "cli"],
+    &["main", "cli", "top"],
     &["machine"],
     &["snapshot", "gdb", "report", "load", "check"],
     &["board"],
     &["virtio", "device"],
     &["vcpu", "vm"],
     &["arch"],
-    &["bus", "irq", "clock", "console", "memory", "event", "trace", "explain", "config"],
+    &["bus", "irq", "clock", "console", "memory", "event", "trace", "explain", "stats", "control", "config"],
     &["host"],
     &["error"],
 ];

@@ -3,11 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
 
 mod common;
+mod random;
 use std::time::Duration;
 
-use common::{Outcome, Run, bantam, file, have, kvm, program, root, skipped};
-
-const SPIN: &[u8] = &[0xfa, 0xeb, 0xfe];
+use common::code::SPIN;
+use common::{Outcome, Run, arch, bantam, code, file, have, kvm, program, root, skipped, within};
 
 fn example(name: &str) -> Run {
     bantam("example").arg(name)
@@ -34,11 +34,11 @@ fn p01_no_dev_kvm() {
     let outcome = Run::of("unshare".as_ref(), words).run();
     outcome.expect(125);
     assert!(
-        outcome.out().contains("bantam: cannot open /dev/kvm: No such file") && outcome.out().contains("modprobe kvm"),
+        outcome.out().contains("bantam: cannot open /dev/kvm: No such file") && outcome.out().contains(arch::NO_KVM),
         "{}",
         outcome.out()
     );
-    assert!(outcome.took < Duration::from_secs(2));
+    assert!(outcome.took < within(2.0));
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn p03_another_api_version_or_a_missing_capability() {
     injected(&format!("ioctl:error=ENOTTY:when={number}")).refused(125).said("API version");
     let number = ioctl_number("KVM_CAP_USER_MEMORY");
     injected(&format!("ioctl:retval=0:when={number}")).refused(125).said("KVM_CAP_USER_MEMORY");
-    let number = ioctl_number("KVM_CAP_SYNC_REGS");
+    let number = ioctl_number(arch::OPTIONAL);
     injected(&format!("ioctl:retval=0:when={number}")).expect(0).printed("4\n");
 }
 
@@ -118,20 +118,30 @@ fn p05_kvm_run_fails() {
     if !kvm() || !have("strace") {
         return;
     }
-    // strace counts per thread: only the vCPU's own thread makes 21 calls on the vCPU's descriptor, one per character.
-    let run = |error: &str| {
-        let words = format!("-f -qq -o /dev/null -P anon_inode:kvm-vcpu:0 -e inject=ioctl:error={error}:when=21");
-        wrapped("strace", &words).words("example hello-long").run()
+    // strace counts per thread: only the vCPU's own thread makes 500 calls on the vCPU's descriptor, one per character. It
+    // may be another thread after a while: beside strace a CPU uses so little time that it is stopped and looked at, each
+    // time after four times as long.
+    let guest = guests::find("print-1m").unwrap();
+    let image = file((guest.image)());
+    let lines = format!("{} --reg {}=40", guest.words.join(" "), arch::LINES);
+    let run = |error: &str, when: &str| {
+        let fault = format!("inject=ioctl:error={error}:when={when}");
+        let words = format!("-f -qq -o /dev/null -P anon_inode:kvm-vcpu:0 -e {fault}");
+        wrapped("strace", &words).arg("run").arg(image.path()).words(&lines).run()
     };
     for error in ["EINTR", "EAGAIN"] {
-        run(error).expect(0).printed("Hello from long mode\n");
+        let outcome = run(error, "500..502");
+        assert_eq!(outcome.expect(0).stdout.len(), 40 * 64);
     }
     for error in ["EFAULT", "EINVAL", "ENOSYS"] {
-        run(error).expect(126).said("KVM_RUN").said("rip ");
+        run(error, "500+").expect(126).said("KVM_RUN").said(arch::PC);
     }
 }
 
 const ERRORS: &[&str] = &["EINTR", "EAGAIN", "EIO", "ENOMEM", "ENOSPC", "EMFILE"];
+
+/// They know no errors: an injected one is a state that no kernel makes.
+const NEVER_FAIL: &[&str] = &["brk", "getpid", "gettid", "getuid", "geteuid"];
 
 /// Each system call of a run fails once, with each of these errors: all of them in the soak, a sample in CI.
 #[test]
@@ -139,8 +149,8 @@ fn p06_any_system_call_fails() {
     if !kvm() || !have("strace") {
         return;
     }
-    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
-    let (mut random, count) = (number("BANTAM_SOAK_SEED", 1), number("BANTAM_SOAK_COUNT", u64::MAX));
+    let (seed, mut count) = random::sample(u64::MAX);
+    let mut random = random::Random(seed);
     let calls = calls("all");
     let word = |line: &str, n| line.split_whitespace().nth(n).unwrap_or_default().to_owned();
     let main = word(&calls[0], 0);
@@ -150,8 +160,8 @@ fn p06_any_system_call_fails() {
     let mut cases = std::collections::BTreeMap::new();
     for (at, line) in calls.iter().enumerate() {
         let name = word(line, 1).split('(').next().unwrap_or_default().to_owned();
-        // `brk` knows no errors (it gives the old break); an injected one is a state that no kernel makes.
-        if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_') || name == "brk" {
+        let is_a_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if !is_a_name || NEVER_FAIL.contains(&name.as_str()) {
             continue;
         }
         let count = counts.entry((word(line, 0), name.clone())).or_default();
@@ -159,18 +169,26 @@ fn p06_any_system_call_fails() {
         let before = word(line, 0) == main && at < ours;
         *cases.entry((name, *count)).or_insert(before) |= before;
     }
+    // Each takes seconds there.
+    if common::host_is_emulated() {
+        count = count.min(25);
+    }
     let cases = cases.into_iter().filter(|(case, before)| !before && !case.0.starts_with("exit"));
     let mut cases: Vec<_> = cases
         .flat_map(|((name, when), _)| {
-            // The C library aborts on an error that a futex never gives.
-            let errors = if name == "futex" { &ERRORS[..2] } else { ERRORS };
+            // The C library aborts on an error that a futex never gives, the runtime on one that getrandom does not.
+            let errors = match name.as_str() {
+                "futex" => &ERRORS[..2],
+                "getrandom" => &ERRORS[..1],
+                _ => ERRORS,
+            };
             errors.iter().map(move |error| format!("{name}:error={error}:when={when}"))
         })
         .collect();
     assert!(cases.len() > 200, "{cases:?}");
     for _ in 0..count.min(cases.len() as u64) {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let case = cases.swap_remove(usize::try_from(random >> 33).unwrap() % cases.len());
+        let case = cases.swap_remove(random.index(cases.len()));
+        println!("{case}");
         let outcome = injected(&case);
         let honest = match outcome.status {
             0 => outcome.out() == "4\n" || !outcome.stderr.is_empty(),
@@ -193,7 +211,8 @@ fn p07_few_descriptors_or_little_address_space() {
             _ => outcome.refused(125),
         };
     }
-    for megabytes in [8, 16, 32, 64, 128, 256] {
+    // Into less the program itself does not go where it is built without optimisation.
+    for megabytes in [16, 32, 64, 128, 256] {
         let words = format!("--as={}", megabytes << 20);
         let outcome = wrapped("prlimit", &words).words("example add").run();
         match outcome.status {
@@ -212,18 +231,15 @@ fn p08_no_memory_for_the_guest() {
 }
 
 #[test]
-fn p16_a_triple_fault_reports_every_cpu() {
+fn p16_a_death_reports_every_cpu() {
     if !kvm() {
         return;
     }
     let outcome = example("crash").words("--cpus 2 --irqchip kernel").run();
-    outcome.expect(126).said("KVM_EXIT_SHUTDOWN").said("vCPU 0").said("\nvCPU 1").said("rip ").said("cr3 ");
-    if !std::path::Path::new("/sys/module/kvm_amd").exists() {
-        outcome.said("0x100a").said("00000deadbeef000").said("bytes there: 48 8b 03");
+    outcome.expect(126).said("vCPU 0").said("\nvCPU 1");
+    for text in arch::death() {
+        outcome.said(text);
     }
-    let outcome = example("crash").words("--reboot --timeout 0.7").run();
-    outcome.expect(124).said("KVM_EXIT_SHUTDOWN");
-    assert_eq!(outcome.stderr.matches("the guest died").count(), 1, "one report a second");
 }
 
 #[test]
@@ -231,12 +247,23 @@ fn p17_an_instruction_that_kvm_cannot_emulate() {
     if !kvm() {
         return;
     }
-    let (run, _file) = test_guest("vex");
-    let outcome = run.run();
-    outcome.expect(126);
-    if common::kvm_emulates() {
-        outcome.said("KVM_EXIT_INTERNAL_ERROR").said("suberror 1").said("c5 f8 77");
+    for (name, words, reasons) in arch::UNEMULATED {
+        let (run, _file) = test_guest(name);
+        let outcome = run.words(words).run();
+        outcome.expect(126);
+        for reason in reasons.iter().filter(|_| arch::must_emulate()) {
+            outcome.said(reason);
+        }
     }
+}
+
+#[test]
+fn p18_a_guest_that_spins_is_stopped_where_no_signal_can_queue() {
+    if !kvm() || !have("prlimit") {
+        return;
+    }
+    let file = file(SPIN);
+    wrapped("prlimit", "--sigpending=0").words("run --timeout 0.2").arg(file.path()).run().expect(124);
 }
 
 #[test]
@@ -244,14 +271,14 @@ fn p18_a_guest_that_spins_answers_to_a_signal() {
     if !kvm() {
         return;
     }
-    for name in ["spin-real", "spin-long", "smp-spin"] {
+    for name in arch::SPINNERS {
         let (run, _file) = test_guest(name);
         let run = run.start();
-        std::thread::sleep(Duration::from_millis(200));
+        run.up();
         let start = std::time::Instant::now();
         run.signal("TERM");
         run.wait().expect(143);
-        assert!(start.elapsed() < Duration::from_secs(1));
+        assert!(start.elapsed() < within(1.0));
     }
 }
 
@@ -262,20 +289,34 @@ fn p20_accesses_that_nobody_answers() {
     }
     let (run, _file) = test_guest("mmio-edge");
     run.run().expect(1).said("no device answers");
-    for name in ["ports-sweep", "mmio-sweep"] {
+    for name in arch::SWEEPS {
         let (run, _file) = test_guest(name);
         let outcome = run.run();
         assert!(outcome.expect(0).stdout.ends_with(b"swept\n"));
         assert!(outcome.stderr.lines().count() <= 1, "{}", outcome.stderr);
     }
-    let (run, _file) = test_guest("outs-huge");
-    let run = run.start();
-    std::thread::sleep(Duration::from_millis(300));
-    run.signal("TERM");
-    let outcome = run.wait();
-    outcome.expect(143);
-    assert!(outcome.took < Duration::from_secs(3));
+    for name in arch::STORMS {
+        let (run, _file) = test_guest(name);
+        let run = run.start();
+        std::thread::sleep(Duration::from_millis(300));
+        run.up().signal("TERM");
+        let outcome = run.wait();
+        outcome.expect(143);
+        assert!(outcome.took < within(3.0), "{name}");
+    }
 }
+
+/// `print-1m`, and a pipe for what it prints that holds no more than a page.
+fn print_into_a_page(lines: usize) -> (std::process::Child, common::File) {
+    let (run, file) = test_guest("print-1m");
+    let mut run = run.words(&format!("--reg {}={lines}", arch::LINES));
+    let child = run.command().spawn().unwrap();
+    rustix::pipe::fcntl_setpipe_size(child.stdout.as_ref().unwrap(), 4096).unwrap();
+    (child, file)
+}
+
+/// More lines of 64 bytes than that page and our buffers hold.
+const MANY: usize = 1200;
 
 #[test]
 fn p30_a_reader_that_does_not_read_or_has_gone() {
@@ -283,20 +324,13 @@ fn p30_a_reader_that_does_not_read_or_has_gone() {
     if !kvm() {
         return;
     }
-    let start = |lines: u32| {
-        let (run, file) = test_guest("print-1m");
-        let mut run = run.words(&format!("--reg rbx={lines}"));
-        let child = run.command().spawn().unwrap();
-        (child, file)
-    };
-    // More than the pipe and our buffers hold: 3,600 lines of 64 bytes.
-    let (mut child, _file) = start(3600);
+    let (mut child, _file) = print_into_a_page(MANY);
     let status = child.wait().unwrap();
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert!(status.success() && said.contains("bytes of output were lost"), "{status} {said}");
     // A reader that has gone.
-    let (mut child, _file) = start(20);
+    let (mut child, _file) = print_into_a_page(20);
     drop(child.stdout.take());
     let status = child.wait().unwrap();
     let mut said = String::new();
@@ -310,14 +344,12 @@ fn p30_a_slow_reader_loses_nothing() {
     if !kvm() {
         return;
     }
-    let (run, _file) = test_guest("print-1m");
-    let mut run = run.words("--reg rbx=3600");
-    let mut child = run.command().spawn().unwrap();
+    let (mut child, _file) = print_into_a_page(MANY);
     let mut out = child.stdout.take().unwrap();
     let mut all = Vec::new();
     let mut part = [0; 16 << 10];
     loop {
-        // 40 KB/s: each of our buffers takes longer than anyone's patience with a reader that does not move.
+        // 10 KB/s: each of our buffers takes longer than anyone's patience with a reader that does not move.
         std::thread::sleep(Duration::from_millis(400));
         match out.read(&mut part).unwrap() {
             0 => break,
@@ -325,7 +357,7 @@ fn p30_a_slow_reader_loses_nothing() {
         }
     }
     assert!(child.wait().unwrap().success());
-    assert_eq!(all.len(), 3600 * 64);
+    assert_eq!(all.len(), MANY * 64);
     assert!(all.chunks(64).all(|line| line == &all[..64]));
 }
 
@@ -335,8 +367,7 @@ fn p30_every_life_of_a_machine_waits_for_its_reader() {
     if !kvm() {
         return;
     }
-    // mov cx,1000; L: out 0x10,al; loop L; mov al,0xfe; out 0x64,al
-    let guest = file(&[0xb9, 0xe8, 0x03, 0xe6, 0x10, 0xe2, 0xfc, 0xb0, 0xfe, 0xe6, 0x64]);
+    let guest = file(code::CHATTY_LIFE);
     let mut run = bantam("run").arg(guest.path()).words("--reboot --trace --max-exits 20000");
     let mut child = run.command().spawn().unwrap();
     let mut err = child.stderr.take().unwrap();
@@ -351,7 +382,7 @@ fn p30_every_life_of_a_machine_waits_for_its_reader() {
     }
     assert_eq!(child.wait().unwrap().code(), Some(124));
     let text = String::from_utf8(all).unwrap();
-    assert_eq!(text.lines().filter(|l| l.contains("cpu0 out")).count(), 20_000, "{}", &text[text.len() - 300..]);
+    assert_eq!(text.lines().filter(|l| l.contains("cpu0 ")).count(), 20_000, "{}", &text[text.len() - 300..]);
 }
 
 #[test]
@@ -397,8 +428,7 @@ fn p36_a_crash_signal_is_reported() {
     let guest = file(SPIN);
     for (name, number) in [("SEGV", 11), ("BUS", 7), ("ILL", 4), ("SYS", 31)] {
         let run = bantam("run").arg(guest.path()).start();
-        std::thread::sleep(Duration::from_millis(100));
-        run.signal(name);
+        run.up().signal(name);
         run.wait().expect(128 + number).said(&format!("bantam: killed by signal {number:02}"));
     }
 }
@@ -410,8 +440,7 @@ fn p37_a_broken_pipe_signal_is_ignored() {
     }
     let guest = file(SPIN);
     let run = bantam("run").arg(guest.path()).words("--timeout 0.5").start();
-    std::thread::sleep(Duration::from_millis(100));
-    run.signal("PIPE");
+    run.up().signal("PIPE");
     run.wait().expect(124);
 }
 
@@ -466,11 +495,10 @@ fn p08_the_host_runs_out_of_memory_while_the_guest_runs() {
         return;
     }
     let Some(group) = Group::new("memory", ["memory.limit_in_bytes", "memory.max"], "16777216") else { return };
-    // L: mov [esi],eax; add esi,0x1000; jmp L
-    let touch = file(&[0x89, 0x06, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, 0xeb, 0xf6]);
+    let fill = file(code::FILL);
     let other = file(SPIN);
     let other = bantam("run").arg(other.path()).words("--timeout 2").start();
-    let words = format!("run {} --cpu-mode protected --memory 512M --reg esi=0x10000", touch.path().display());
+    let words = format!("run {} --memory 512M {}", fill.path().display(), arch::FILL);
     group.run(&words).expect(-9);
     other.wait().expect(124);
 }

@@ -3,7 +3,20 @@
 //! A test that needs something which is not there says so on stderr and in the file that `BANTAM_SKIP_LOG` names, one
 //! line each; with `BANTAM_REQUIRE_KVM=1` a missing `/dev/kvm` is a failure.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr, missing_docs)]
+#![allow(
+    dead_code,
+    unused_imports,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    missing_docs
+)]
+
+#[cfg_attr(target_arch = "aarch64", path = "aarch64.rs")]
+#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
+pub mod arch;
+pub use arch::code;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};
@@ -11,12 +24,28 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long anything may take before the test gives up on it.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long anything may take before the test gives up on it, in seconds on a host that is not itself emulated.
+const PATIENCE: f64 = 60.0;
 
 /// The program under test.
 pub fn program() -> PathBuf {
     std::env::var_os("BANTAM_BIN").map_or_else(|| env!("CARGO_BIN_EXE_bantam").into(), PathBuf::from)
+}
+
+/// How long something may take that takes no more than `seconds` on a host that is not itself emulated.
+pub fn within(seconds: f64) -> Duration {
+    Duration::from_secs_f64(if host_is_emulated() { 5.0 * seconds } else { seconds })
+}
+
+/// What a soak asks for: the number of its first case, and of cases.
+pub fn soak() -> Option<(u64, u64)> {
+    let number = |name| std::env::var(name).ok()?.parse().ok();
+    number("BANTAM_SOAK_SEED").zip(number("BANTAM_SOAK_COUNT"))
+}
+
+/// This host is one that `cargo xtask test` made, of QEMU without hardware's help.
+pub fn host_is_emulated() -> bool {
+    std::env::var_os("BANTAM_HOST_IS_TCG").is_some()
 }
 
 /// What a run left behind.
@@ -92,9 +121,10 @@ impl Outcome {
         self
     }
 
-    /// The lines of the trace, without their numbers.
+    /// The lines of the trace, without their numbers, times and places.
     pub fn trace(&self) -> Vec<String> {
-        let line = |l: &str| l.split_once(" cpu").and_then(|(_, l)| l.split_once(' ')).map(|(_, l)| l.to_owned());
+        let exit = |l: &str| l.split_once("  at ").map_or(l.to_owned(), |(exit, _)| exit.to_owned());
+        let line = |l: &str| l.split_once(" cpu").and_then(|(_, l)| l.split_once(' ')).map(|(_, l)| exit(l));
         self.stderr.lines().filter_map(line).collect()
     }
 }
@@ -104,6 +134,7 @@ pub struct Run {
     command: Command,
     input: Vec<u8>,
     hold_stdin: bool,
+    patience: Duration,
 }
 
 /// `bantam` with words separated by spaces.
@@ -136,7 +167,7 @@ impl Run {
     pub fn of(program: &Path, words: impl IntoIterator<Item = OsString>) -> Self {
         let mut command = Command::new(program);
         command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Self { command, input: Vec::new(), hold_stdin: false }
+        Self { command, input: Vec::new(), hold_stdin: false, patience: within(PATIENCE) }
     }
 
     pub fn arg(mut self, word: impl AsRef<std::ffi::OsStr>) -> Self {
@@ -168,6 +199,12 @@ impl Run {
         self
     }
 
+    /// It may take ten times as long as others.
+    pub fn patient(mut self) -> Self {
+        self.patience *= 10;
+        self
+    }
+
     pub fn command(&mut self) -> &mut Command {
         &mut self.command
     }
@@ -181,7 +218,7 @@ impl Run {
         let feeder = std::thread::spawn(move || stdin.map(|mut s| s.write_all(&input).is_ok()));
         let out = reader(child.stdout.take());
         let err = reader(child.stderr.take());
-        Started { child, start, held, feeder: Some(feeder), out, err }
+        Started { child, start, patience: self.patience, held, feeder: Some(feeder), out, err }
     }
 
     pub fn run(self) -> Outcome {
@@ -205,6 +242,7 @@ fn reader(from: Option<impl Read + Send + 'static>) -> Reader {
 pub struct Started {
     pub child: Child,
     start: Instant,
+    patience: Duration,
     held: Option<std::process::ChildStdin>,
     feeder: Option<std::thread::JoinHandle<Option<bool>>>,
     out: Reader,
@@ -214,6 +252,17 @@ pub struct Started {
 impl Started {
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
+    }
+
+    /// Waits until the first CPU runs.
+    pub fn up(&self) -> &Self {
+        let tasks = || std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        while !tasks().any(|task| name(task) == "vcpu0\n") && self.start.elapsed() < self.patience {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        self
     }
 
     pub fn signal(&self, name: &str) {
@@ -232,10 +281,16 @@ impl Started {
         let status = loop {
             match self.child.try_wait().unwrap() {
                 Some(status) => break status,
-                None if self.start.elapsed() > PATIENCE => {
+                None if self.start.elapsed() > self.patience => {
+                    let tasks: String = self.family().into_iter().map(tasks).collect();
+                    // Who traces another would leave it behind, with our pipes.
+                    for pid in self.family().into_iter().skip(1) {
+                        let _ = Command::new("kill").arg("-9").arg(pid.to_string()).status();
+                    }
                     let _ = self.child.kill();
                     let _ = self.child.wait();
-                    panic!("still running after {PATIENCE:?}: {}", self.collect(-1).stderr);
+                    let patience = self.patience;
+                    panic!("still running after {patience:?}: {}\n{tasks}", self.collect(-1).stderr);
                 }
                 None => std::thread::sleep(Duration::from_millis(1)),
             }
@@ -243,6 +298,19 @@ impl Started {
         use std::os::unix::process::ExitStatusExt;
         let status = status.code().unwrap_or_else(|| -status.signal().unwrap_or(0));
         self.collect(status)
+    }
+
+    /// The process, and those that it started.
+    fn family(&self) -> Vec<i32> {
+        let mut all = vec![self.pid()];
+        let mut at = 0;
+        while let Some(pid) = all.get(at) {
+            let path = format!("/proc/{pid}/task/{pid}/children");
+            let children = std::fs::read_to_string(path).unwrap_or_default();
+            all.extend(children.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+            at += 1;
+        }
+        all
     }
 
     fn collect(&mut self, status: i32) -> Outcome {
@@ -253,6 +321,19 @@ impl Started {
         drop(self.feeder.take());
         Outcome { status, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned(), took }
     }
+}
+
+/// Where each thread of a process is, as far as the kernel tells.
+fn tasks(pid: i32) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let tell = |task: std::fs::DirEntry| {
+        let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let status = read("status");
+        let fields = ["State", "SigPnd", "ShdPnd", "SigBlk"];
+        let state: Vec<_> = status.lines().filter(|l| fields.iter().any(|field| l.starts_with(field))).collect();
+        format!("{}{}\nsyscall {}{}\n", read("comm"), state.join(", "), read("syscall"), read("stack"))
+    };
+    tasks.map(tell).collect()
 }
 
 /// Says loudly that the calling test does not run.
@@ -278,10 +359,13 @@ pub fn kvm() -> bool {
     there
 }
 
-/// Whether a program is there.
+/// Whether a program is there; busybox's, which knows few of the options, is not it.
 pub fn have(name: &str) -> bool {
-    let found =
-        std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).exists()));
+    let real = |dir: PathBuf| {
+        let program = dir.join(name).canonicalize().ok();
+        program.is_some_and(|p| p.file_name().is_some_and(|name| name != "busybox"))
+    };
+    let found = std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(real));
     if !found {
         skipped(&format!("the program {name} is not installed"));
     }
@@ -295,12 +379,4 @@ pub fn root() -> bool {
         skipped("not root");
     }
     root
-}
-
-/// KVM here runs guest code by emulating it instruction by instruction (the `kvm_pvm` module).
-pub fn kvm_emulates() -> bool {
-    Path::new("/sys/module/kvm_pvm").exists() || {
-        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        !flags.contains("vmx") && !flags.contains("svm")
-    }
 }

@@ -1,0 +1,141 @@
+//! The PC, where tests must know that it is one.
+
+/// Flat guests.
+pub mod code {
+    /// `hlt`
+    pub const HALT: &[u8] = &[0xf4];
+    /// `cli; jmp $`
+    pub const SPIN: &[u8] = &[0xfa, 0xeb, 0xfe];
+    /// `mov al,0xfe; out 0x64,al`
+    pub const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64];
+    /// `mov al,1; out 0x10,al; mov al,0xfe; out 0x64,al; hlt`
+    pub const LIFE: &[u8] = &[0xb0, 0x01, 0xe6, 0x10, 0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+    /// `mov cx,1000; L: out 0x10,al; loop L; mov al,0xfe; out 0x64,al`
+    pub const CHATTY_LIFE: &[u8] = &[0xb9, 0xe8, 0x03, 0xe6, 0x10, 0xe2, 0xfc, 0xb0, 0xfe, 0xe6, 0x64];
+    /// Looks for serial input once: `mov dx,0x3fd; in al,dx; jmp $`
+    pub const LISTEN_ONCE: &[u8] = &[0xba, 0xfd, 0x03, 0xec, 0xeb, 0xfe];
+    /// All of RAM, with [`super::FILL`]: `L: mov [esi],eax; add esi,0x1000; jmp L`
+    pub const FILL: &[u8] = &[0x89, 0x06, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, 0xeb, 0xf6];
+    /// Whether the byte at [`super::POINTER`] is 0 and can be 1: `mov al,[rsi]; cmp al,0; jne bad; mov byte [rsi],1;
+    /// cmp byte [rsi],1; jne bad; mov al,5; out 0xf4,al; bad: mov al,6; out 0xf4,al`
+    pub const TOUCH: &[u8] = &[
+        0x8a, 0x06, 0x3c, 0x00, 0x75, 0x0c, 0xc6, 0x06, 0x01, 0x80, 0x3e, 0x01, 0x75, 0x04, 0xb0, 0x05, 0xe6, 0xf4,
+        0xb0, 0x06, 0xe6, 0xf4,
+    ];
+}
+
+/// How a trace shows a write of [`code::LIFE`].
+pub const LIFE_WRITES: &str = "out 0x0010";
+/// The words that [`code::FILL`] and [`code::TOUCH`] need.
+pub const FILL: &str = "--cpu-mode protected --reg esi=0x10000";
+pub const TOUCH: &str = "--cpu-mode long";
+pub const POINTER: &str = "rsi";
+/// A size of RAM, and its last byte.
+pub const RAM: &[(&str, u64)] = &[
+    ("1M", 0xf_ffff),
+    ("512000000", 511_999_999),
+    ("3G", (3 << 30) - 1),
+    ("4G", (5 << 30) - 1),
+    ("6G", (7 << 30) - 1),
+    ("6G", 4 << 30),
+    ("40G", (41 << 30) - 1),
+];
+/// Where no memory is, whatever its size.
+pub const HOLE: u64 = 0xc000_0000;
+/// The flat guest is loaded there, and this is the place.
+pub const BEYOND_RAM: (&str, &str) = ("--memory 4K", "0x1000");
+
+/// What `--explain` says of the registers; the instruction of the first exit of `add`, and what it accesses.
+pub const REGISTERS_TOLD: &str = "KVM_SET_SREGS";
+pub const ADD_INSTRUCTION: &str = "out dx, al";
+pub const ADD_ADDRESS: &str = "0x3f8";
+/// Examples that need no input: status and output.
+pub const EXAMPLES: &[(&str, i32, &str)] = &[
+    ("add", 0, "4\n"),
+    ("add-nasm", 0, "4\\"),
+    ("counter", 124, ""),
+    ("reader", 124, ""),
+    ("hello-protected", 0, "Hello from protected mode\n"),
+    ("hello-long", 0, "Hello from long mode\n"),
+    ("modes", 0, "real\nprotected\nlong\n"),
+    ("timer", 7, "tick\ntick\ntick\n"),
+    ("elf32", 0, "Hello from a 32-bit ELF file\nbss is zero\n"),
+    ("elf64", 0, "Hello from a 64-bit ELF file\nbss is zero\n"),
+    ("exit", 43, ""),
+    ("poweroff", 0, ""),
+    ("reset", 0, ""),
+];
+/// An example that prints one line, a word in that line, and the line up to there.
+pub const LINE: (&str, &str) = ("hello-long", "Hello from long mode\n");
+pub const UNTIL: (&str, &str) = ("long", "Hello from long");
+/// What the serial port and the one after it print, wide accesses included.
+pub const SERIAL_WIDE: &str = "wW\n";
+pub const ADD_TRACE: &[&str] =
+    &["out 0x03f8 ← 0x34 (1 bytes, serial.THR)", "out 0x03f8 ← 0x0a (1 bytes, serial.THR)", "hlt"];
+/// `add`, of 2 and 3.
+pub const ADD_CONFIG: &str = "memory = \"4K\"\nram-base = 0x1000\nreg = [\"rax=2\", \"rbx=3\"]\n";
+/// What examples/01_twelve_bytes prints.
+pub const TWELVE: &str = "4\n";
+
+/// Guests that spin, each in a way of its own.
+pub const SPINNERS: &[&str] = &["spin-real", "spin-long", "smp-spin"];
+/// Guests that access all that there is, and end.
+pub const SWEEPS: &[&str] = &["ports-sweep", "mmio-sweep"];
+/// Guests that keep KVM busy for ever.
+pub const STORMS: &[&str] = &["outs-huge"];
+/// The register in which `print-1m` counts, and the program counter's name in a report.
+pub const LINES: &str = "rbx";
+pub const PC: &str = "rip ";
+
+/// What the report of `crash` says of the machine; on AMD hosts most of it is lost.
+pub fn death() -> &'static [&'static str] {
+    let all = &["KVM_EXIT_SHUTDOWN", "rip ", "cr3 ", "0x100a", "00000deadbeef000", "bytes there: 48 8b 03"];
+    if std::path::Path::new("/sys/module/kvm_amd").exists() { &all[..3] } else { all }
+}
+/// A guest with an instruction that KVM cannot emulate, its words, and what is said where KVM has to.
+pub const UNEMULATED: &[(&str, &str, &[&str])] = &[("vex", "", &["KVM_EXIT_INTERNAL_ERROR", "suberror 1", "c5 f8 77"])];
+/// This host's KVM runs Linux: not where it emulates the guest's instructions.
+pub fn runs_linux() -> bool {
+    !must_emulate()
+}
+
+/// KVM has to emulate such an instruction here.
+pub fn must_emulate() -> bool {
+    std::path::Path::new("/sys/module/kvm_pvm").exists() || {
+        let flags = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        !flags.contains("vmx") && !flags.contains("svm")
+    }
+}
+
+/// What is said where there is no `/dev/kvm`, and a capability that is used where it is there.
+pub const NO_KVM: &str = "modprobe kvm";
+pub const OPTIONAL: &str = "KVM_CAP_SYNC_REGS";
+
+/// Maps, as `bantam layout` prints them.
+pub const LAYOUTS: &[(&str, &str)] = &[
+    ("--memory 4G --cpu-mode long", include_str!("../golden/layout-4g-long.txt")),
+    ("--irqchip none --memory 1M", include_str!("../golden/layout-1m-none.txt")),
+];
+
+/// Words that mean nothing for a flat guest, and what is said of them.
+pub const WORDS: &[(&str, &str)] = &[
+    ("--reg rax", "NAME=VALUE"),
+    ("--reg ax=0x10000", "16-bit"),
+    ("--cpus 2 --irqchip none", "--irqchip"),
+    ("--debugcon pio:0x3f8", "serial"),
+    ("--debugcon mmio:0x1000", "RAM"),
+    ("--load-at 0x10000", "--entry 0x1000:0"),
+    ("--entry 0x10000", "0x1000:0"),
+    ("--cpu-mode long --entry 1:2", "real"),
+    ("--gic 3", "--gic"),
+    ("--msi its", "--msi"),
+    ("--cpu-features pmu", "--cpu-features"),
+];
+/// And for an ELF.
+pub const ELF_WORDS: &[&str] = &["--cpu-mode long"];
+/// The status of `--cpus 100000`.
+pub const TOO_MANY_CPUS: i32 = 125;
+/// The ELF machine of another architecture, and what is said of such a file.
+pub const FOREIGN: (u16, &str) = (183, "this is an arm64 guest; this host is x86-64");
+/// What is said of Linux images: a bzImage, and arm64's.
+pub const LINUX: (&str, &str) = ("boot protocol 0.00, before 2.10", "this is an arm64 guest");

@@ -1,0 +1,281 @@
+//! Networks and sockets of a Linux guest: its own drivers, over a tap interface, over a socket to another guest, over vsock.
+//!
+//! The kernels are those of `tests/linux.rs`, and so is the init; what is done in the guest is typed at its shell.
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod common;
+
+#[path = "linux/guest.rs"]
+mod guest;
+
+use std::collections::BTreeSet;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use guest::{Guest, linux};
+
+const KERNEL: &str = "6.12/vmlinuz";
+const NET: &str = "failover net_failover virtio_net";
+const VSOCK: &str = "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport";
+/// Bytes of a stream. A soak sends as many of them as it asks for: 256 are 1 GiB.
+const SIZE: usize = 4 << 20;
+
+/// A guest at whose shell one may type, with these modules.
+fn shell(words: &str, modules: &str) -> Option<Guest> {
+    let words = format!("--memory 256M {words}");
+    let mut guest = linux(KERNEL, &words, "quiet bantam.checks=none bantam.do=shell")?;
+    guest.until("# ");
+    run(&mut guest, &format!("for m in {modules}; do insmod /lib/modules/$(uname -r)/$m.ko; done"));
+    Some(guest)
+}
+
+/// Types a command and waits for its end, which must be a good one.
+fn run(guest: &mut Guest, command: &str) {
+    guest.keys(&format!("{command}; echo code $?.\n"));
+    loop {
+        guest.until("\ncode ");
+        match guest.line().as_str() {
+            "code 0." => return,
+            // As it is typed, where the terminal's line ends just there.
+            line if line.starts_with("code $") => {}
+            line => panic!("{command}: {line}\n{}", guest.text()),
+        }
+    }
+}
+
+fn end(mut guest: Guest) {
+    guest.keys("exit\n");
+    guest.end().expect(0);
+}
+
+fn sh(command: &str) -> bool {
+    Command::new("sh").args(["-c", command]).status().unwrap().success()
+}
+
+/// What comes in time.
+fn soon<T>(mut get: impl FnMut() -> std::io::Result<T>) -> T {
+    let start = Instant::now();
+    loop {
+        match get() {
+            Err(e) if e.kind() == ErrorKind::WouldBlock && start.elapsed() < common::within(30.0) => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result.unwrap(),
+        }
+    }
+}
+
+/// Who connects next to a port of the host.
+fn accept_tcp(server: &TcpListener) -> TcpStream {
+    server.set_nonblocking(true).unwrap();
+    let (stream, _) = soon(|| server.accept());
+    stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+    stream
+}
+
+/// The same of a socket.
+fn accept_unix(server: &UnixListener) -> UnixStream {
+    server.set_nonblocking(true).unwrap();
+    let (stream, _) = soon(|| server.accept());
+    stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+    stream
+}
+
+/// Bytes of which none is where it is by chance.
+fn noise(seed: u64, size: usize) -> Vec<u8> {
+    let mut state = seed;
+    let next = |state: &mut u64| {
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*state >> 56) as u8
+    };
+    (0..size).map(|_| next(&mut state)).collect()
+}
+
+/// Sends `bytes` while reading as many; gives what was read.
+fn echo<S: Read + Write + Send>(mut reader: S, mut writer: S, bytes: &[u8]) -> Vec<u8> {
+    std::thread::scope(|scope| {
+        scope.spawn(move || writer.write_all(bytes).unwrap());
+        let mut got = vec![0; bytes.len()];
+        reader.read_exact(&mut got).unwrap();
+        got
+    })
+}
+
+#[test]
+fn a_guest_and_its_host_send_each_other_a_stream_over_tap_and_p39_the_interface_may_vanish() {
+    if guest::kernel(KERNEL).is_none() || !common::root() {
+        return;
+    }
+    sh("modprobe tun 2>/dev/null");
+    if !sh("tunctl -t bt9 >/dev/null && ifconfig bt9 10.9.0.1 netmask 255.255.255.0 up") {
+        return common::skipped("no tap interface can be made here");
+    }
+    let server = TcpListener::bind("10.9.0.1:5000").unwrap();
+    let Some(mut guest) = shell("--net tap:bt9,mac=52:54:00:00:00:09", NET) else { return };
+    run(&mut guest, "grep 52:54:00:00:00:09 /sys/class/net/eth0/address");
+    run(&mut guest, "ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.9.0.1");
+    // Down, and up again: what is sent comes back, in whole segments.
+    let (first, count) = common::soak().unwrap_or((1, 1));
+    for seed in first..first + count {
+        guest.keys("nc 10.9.0.1 5000 >/tmp/in; nc 10.9.0.1 5000 </tmp/in; echo sent \\back\n");
+        let bytes = noise(seed, SIZE);
+        accept_tcp(&server).write_all(&bytes).unwrap();
+        let mut back = Vec::new();
+        accept_tcp(&server).read_to_end(&mut back).unwrap();
+        assert!(back == bytes, "{} bytes came back of {SIZE}", back.len());
+        guest.until("sent back");
+    }
+    // The driver may come and go.
+    let times = if common::soak().is_some() { 100 } else { 10 };
+    run(
+        &mut guest,
+        &format!(
+            "cd /sys/bus/virtio/drivers/virtio_net && d=$(echo virtio*) && \
+             for n in $(seq {times}); do echo $d >unbind && echo $d >bind || break; done; [ -e $d ]"
+        ),
+    );
+    run(&mut guest, "cd / && ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.9.0.1");
+    // Switched off at the host, and on again; then taken away.
+    assert!(sh("ifconfig bt9 down"));
+    run(&mut guest, "ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
+    assert!(sh("ifconfig bt9 up"));
+    run(&mut guest, "sleep 1; grep 1 /sys/class/net/eth0/carrier && ping -c 1 10.9.0.1");
+    assert!(sh("ip link del bt9 2>/dev/null || tunctl -d bt9"));
+    run(&mut guest, "ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
+    end(guest);
+}
+
+/// The host's way out, by which passt knows what network to be.
+fn gateway() -> Option<String> {
+    let output = Command::new("ip").args(["-4", "route"]).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    text.lines().find_map(|line| Some(line.strip_prefix("default via ")?.split_whitespace().next()?.to_owned()))
+}
+
+#[test]
+fn a_guest_reaches_a_server_of_its_host_over_a_user_network() {
+    if guest::kernel(KERNEL).is_none() || !common::have("passt") {
+        return;
+    }
+    if gateway().is_none() && common::host_is_emulated() {
+        sh("modprobe tun 2>/dev/null; tunctl -t bt7 >/dev/null && ifconfig bt7 10.7.0.5 netmask 255.255.255.0 up && \
+            ip route add default via 10.7.0.1 dev bt7");
+    }
+    let Some(gateway) = gateway() else { return common::skipped("this host has no way out, which passt wants to see") };
+    let server = TcpListener::bind("127.0.0.1:5001").unwrap();
+    let Some(mut guest) = shell("--net user", NET) else { return };
+    let script = "[ \"$ip\" ] && ip addr add $ip/$mask dev $interface && ip route add default via $router";
+    run(&mut guest, &format!("echo '#!/bin/busybox sh' >/tmp/got; echo '{script}' >>/tmp/got; chmod +x /tmp/got"));
+    run(&mut guest, "ip link set eth0 up && udhcpc -n -q -i eth0 -s /tmp/got");
+    // Where the guest's way out is, the host is.
+    guest.keys(&format!("nc {gateway} 5001 >/tmp/in; nc {gateway} 5001 </tmp/in; echo sent \\back\n"));
+    let bytes = noise(2, SIZE);
+    accept_tcp(&server).write_all(&bytes).unwrap();
+    let mut back = Vec::new();
+    accept_tcp(&server).read_to_end(&mut back).unwrap();
+    assert!(back == bytes, "{} bytes came back of {SIZE}", back.len());
+    guest.until("sent back");
+    end(guest);
+}
+
+#[test]
+fn two_guests_send_each_other_a_stream_over_a_socket() {
+    if guest::kernel(KERNEL).is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("wire");
+    let Some(mut left) = shell(&format!("--net socket:{},listen", path.display()), NET) else { return };
+    let Some(mut right) = shell(&format!("--net socket:{}", path.display()), NET) else { return };
+    run(&mut left, "ip addr add 10.8.0.1/24 dev eth0 && ip link set eth0 up; seq 1 200000 >/tmp/all");
+    run(&mut right, "ip addr add 10.8.0.2/24 dev eth0 && ip link set eth0 up; seq 1 200000 >/tmp/all");
+    run(&mut right, "ping -c 1 10.8.0.1");
+    left.keys("nc -l -p 5000 >/tmp/in; cmp /tmp/in /tmp/all && echo all \\came\n");
+    run(&mut right, "sleep 1; nc 10.8.0.1 5000 </tmp/all");
+    left.until("all came");
+    end(right);
+    run(&mut left, "sleep 1; grep 0 /sys/class/net/eth0/carrier");
+    end(left);
+    assert!(!path.exists(), "the socket is still there");
+}
+
+/// An archive with perl and all that it needs; how it is called there.
+fn perl(folder: &Path) -> (PathBuf, String) {
+    // The dynamic linker says which files it takes, by names that may be links to others.
+    let output = Command::new("perl").env("LD_TRACE_LOADED_OBJECTS", "1").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut files: BTreeSet<PathBuf> = text.split_whitespace().filter(|w| w.starts_with('/')).map(Into::into).collect();
+    let program = Command::new("perl").args(["-e", "print $^X"]).output().unwrap();
+    files.insert(String::from_utf8(program.stdout).unwrap().into());
+    files.extend(files.clone().iter().map(|file| file.canonicalize().unwrap()));
+    let all: BTreeSet<&Path> = files.iter().flat_map(|file| file.ancestors()).collect();
+    let names: String =
+        all.iter().filter_map(|path| Some(format!("{}\n", path.to_str()?.strip_prefix('/')?))).collect();
+    let to = folder.join("perl.cpio");
+    let file = std::fs::File::create(&to).unwrap();
+    let mut command = Command::new("cpio");
+    command.args(["-o", "-H", "newc"]).current_dir("/").stdin(Stdio::piped()).stdout(file).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(names.trim_start().as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    let find = |part: &str| files.iter().find_map(|file| file.to_str().filter(|name| name.contains(part))).unwrap();
+    let folders = files.iter().filter_map(|file| file.parent()?.to_str().filter(|name| name.contains("lib")));
+    let folders = folders.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(":");
+    (to, format!("{} --library-path {folders} {}", find("/ld-"), find("bin/perl")))
+}
+
+#[test]
+fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
+    if guest::kernel(KERNEL).is_none() || !common::have("perl") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, (archive, perl)) = (folder.path().join("v"), perl(folder.path()));
+    let server = UnixListener::bind(folder.path().join("v_1234")).unwrap();
+    let words = format!("--vsock cid=7,path={} --initrd {}", path.display(), archive.display());
+    let Some(mut guest) = shell(&words, VSOCK) else { return };
+    // Echoes all that comes, to whom it connects to and to who connects to it. 40 is AF_VSOCK.
+    let body = "while (sysread(C, my $b, 65536)) { my $n = 0; \
+        while ($n < length $b) { $n += syswrite(C, $b, 65536, $n) } } close C;";
+    let address = |port: u32, cid: u32| format!("pack(\"SSLLx4\", 40, 0, {port}, {cid})");
+    let call = format!("socket(C, 40, 1, 0); connect(C, {}) or die $!; {body}", address(1234, 2));
+    let serve = format!(
+        "socket(S, 40, 1, 0); bind(S, {}) or die $!; listen(S, 5); print \"rea\", \"dy\\n\"; \
+        for (1..2) {{ accept(C, S); {body} }}",
+        address(52, u32::MAX)
+    );
+    guest.keys(&format!("{perl} -e '{call}'; echo hung \\up\n"));
+    let stream = accept_unix(&server);
+    let bytes = noise(1, SIZE);
+    assert!(echo(stream.try_clone().unwrap(), stream.try_clone().unwrap(), &bytes) == bytes);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!((&stream).read(&mut [0]).unwrap(), 0, "the guest closes too");
+    guest.until("hung up");
+    guest.keys(&format!("{perl} -e '$|=1; {serve}'; echo hung \\up\n"));
+    guest.until("ready");
+    for _ in 0..2 {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+        stream.write_all(b"CONNECT 52\n").unwrap();
+        let mut line = [0; 14];
+        stream.read_exact(&mut line).unwrap();
+        assert!(line.starts_with(b"OK 1") && line.ends_with(b"\n"), "{line:?}");
+        assert!(echo(stream.try_clone().unwrap(), stream.try_clone().unwrap(), &bytes) == bytes);
+    }
+    guest.until("hung up");
+    // Nobody is at this port of either side.
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+    stream.write_all(b"CONNECT 53\n").unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    let call = format!("socket(C, 40, 1, 0); connect(C, {}) and die; print \"nobo\", \"dy\\n\"", address(4321, 2));
+    guest.keys(&format!("{perl} -e '{call}'\n"));
+    guest.until("nobody");
+    end(guest);
+    assert!(!path.exists(), "the socket is still there");
+}
