@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The first process of a Linux guest of the tests. It looks at its machine, prints a line `check WHAT: RESULT` for each
 # thing that it looked at and `check done` after the last, and then does what a word of the kernel's command line asks for:
-#   bantam.do=poweroff|reboot|panic|shell|top|stay|disk    [default: poweroff]
+#   bantam.do=poweroff|reboot|asked|panic|shell|top|stay|disk    [default: poweroff]
 #   bantam.busy=SECONDS      how long all CPUs are to be busy at once [default: 1]
 #   bantam.checks=none       look at nothing
 # What is printed is for a test to judge: nothing here knows what is right. busybox's shell finds all its commands in
@@ -174,6 +174,8 @@ check done
 
 case $act in
 reboot) reboot -f ;;
+# Once a line has come: until then the machine is as it is.
+asked) read -r _ && reboot -f ;;
 panic)
     [ "$checks" = none ] && load_modules
     echo 1 >/proc/sys/kernel/sysrq
