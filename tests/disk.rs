@@ -5,13 +5,17 @@
 mod common;
 #[path = "linux/guest.rs"]
 mod guest;
+#[path = "linux/shell.rs"]
+mod shell;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use common::{bantam, kvm};
 use guest::linux;
+use shell::Shell;
 
 fn disk(folder: &Path, name: &str, size: u64) -> String {
     let path = folder.join(name);
@@ -55,5 +59,32 @@ fn a_stock_kernel_makes_a_file_system_and_finds_again_what_it_put_there() {
         let mut magic = [0; 2];
         File::open(&first).unwrap().read_exact_at(&mut magic, 1080).unwrap();
         assert_eq!(magic, [0x53, 0xef]);
+    }
+}
+
+/// A kill of the monitor is a power cut to its guest, at a moment that depends on the seed.
+#[test]
+fn what_was_flushed_is_there_after_the_monitor_was_killed() {
+    const SIZE: usize = 4096;
+    let folder = tempfile::tempdir().unwrap();
+    let (first, count) = common::soak().unwrap_or((1, 1));
+    for seed in first..first + count {
+        let path = disk(folder.path(), "disk", 16 << 20);
+        let Some(mut shell) = Shell::start(&format!("--memory 256M --disk {path}"), "virtio_blk") else { return };
+        let write = format!("yes record $n | head -c {SIZE} | dd of=/dev/vda bs={SIZE} seek=$n conv=fsync 2>/dev/null");
+        shell.begin(&format!("n=0; while {write}; do echo kept $n.; n=$((n + 1)); done"));
+        shell.until(&format!("kept {}.", 3 + seed % 17));
+        std::thread::sleep(Duration::from_micros(seed.wrapping_mul(7919) % 50_000));
+        shell.guest.signal("KILL");
+        let told = shell.guest.end();
+        told.expect(128 + 9);
+        let kept = told.text.rsplit("kept ").find_map(|rest| rest.split_once('.')?.0.parse::<u64>().ok()).unwrap();
+        let file = File::open(&path).unwrap();
+        for number in 0..=kept {
+            let mut record = [0; SIZE];
+            file.read_exact_at(&mut record, number * SIZE as u64).unwrap();
+            let line = format!("record {number}\n");
+            assert!(record.iter().eq(line.as_bytes().iter().cycle().take(SIZE)), "seed {seed}: {number} of {kept}");
+        }
     }
 }

@@ -8,6 +8,8 @@ mod common;
 
 #[path = "linux/guest.rs"]
 mod guest;
+#[path = "linux/shell.rs"]
+mod shell;
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -17,40 +19,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use guest::{Guest, linux};
+use shell::{KERNEL, Shell};
 
-const KERNEL: &str = "6.12/vmlinuz";
 const NET: &str = "failover net_failover virtio_net";
 const VSOCK: &str = "vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport";
 /// Bytes of a stream. A soak sends as many of them as it asks for: 256 are 1 GiB.
 const SIZE: usize = 4 << 20;
 
-/// A guest at whose shell one may type, with these modules.
-fn shell(words: &str, modules: &str) -> Option<Guest> {
-    let words = format!("--memory 256M {words}");
-    let mut guest = linux(KERNEL, &words, "quiet bantam.checks=none bantam.do=shell")?;
-    guest.until("# ");
-    run(&mut guest, &format!("for m in {modules}; do insmod /lib/modules/$(uname -r)/$m.ko; done"));
-    Some(guest)
-}
-
-/// Types a command and waits for its end, which must be a good one.
-fn run(guest: &mut Guest, command: &str) {
-    guest.keys(&format!("{command}; echo code $?.\n"));
-    loop {
-        guest.until("\ncode ");
-        match guest.line().as_str() {
-            "code 0." => return,
-            // As it is typed, where the terminal's line ends just there.
-            line if line.starts_with("code $") => {}
-            line => panic!("{command}: {line}\n{}", guest.text()),
-        }
-    }
-}
-
-fn end(mut guest: Guest) {
-    guest.keys("exit\n");
-    guest.end().expect(0);
+/// A guest with a shell on its console.
+fn shell(words: &str, modules: &str) -> Option<Shell> {
+    Shell::start(&format!("--memory 256M {words}"), modules)
 }
 
 fn sh(command: &str) -> bool {
@@ -117,12 +95,12 @@ fn a_guest_and_its_host_send_each_other_a_stream_over_tap_and_p39_the_interface_
     }
     let server = TcpListener::bind("10.9.0.1:5000").unwrap();
     let Some(mut guest) = shell("--net tap:bt9,mac=52:54:00:00:00:09", NET) else { return };
-    run(&mut guest, "grep 52:54:00:00:00:09 /sys/class/net/eth0/address");
-    run(&mut guest, "ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.9.0.1");
+    guest.run("grep 52:54:00:00:00:09 /sys/class/net/eth0/address");
+    guest.run("ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.9.0.1");
     // Down, and up again: what is sent comes back, in whole segments.
     let (first, count) = common::soak().unwrap_or((1, 1));
     for seed in first..first + count {
-        guest.keys("nc 10.9.0.1 5000 >/tmp/in; nc 10.9.0.1 5000 </tmp/in; echo sent \\back\n");
+        guest.begin("nc 10.9.0.1 5000 >/tmp/in; nc 10.9.0.1 5000 </tmp/in; echo sent \\back");
         let bytes = noise(seed, SIZE);
         accept_tcp(&server).write_all(&bytes).unwrap();
         let mut back = Vec::new();
@@ -131,23 +109,16 @@ fn a_guest_and_its_host_send_each_other_a_stream_over_tap_and_p39_the_interface_
         guest.until("sent back");
     }
     // The driver may come and go.
-    let times = if common::soak().is_some() { 100 } else { 10 };
-    run(
-        &mut guest,
-        &format!(
-            "cd /sys/bus/virtio/drivers/virtio_net && d=$(echo virtio*) && \
-             for n in $(seq {times}); do echo $d >unbind && echo $d >bind || break; done; [ -e $d ]"
-        ),
-    );
-    run(&mut guest, "cd / && ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.9.0.1");
+    guest.rebind("virtio_net", 3);
+    guest.run("ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.9.0.1");
     // Switched off at the host, and on again; then taken away.
     assert!(sh("ifconfig bt9 down"));
-    run(&mut guest, "ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
+    guest.run("ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
     assert!(sh("ifconfig bt9 up"));
-    run(&mut guest, "sleep 1; grep 1 /sys/class/net/eth0/carrier && ping -c 1 10.9.0.1");
+    guest.run("sleep 1; grep 1 /sys/class/net/eth0/carrier && ping -c 1 10.9.0.1");
     assert!(sh("ip link del bt9 2>/dev/null || tunctl -d bt9"));
-    run(&mut guest, "ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
-    end(guest);
+    guest.run("ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
+    guest.leave("exit\n");
 }
 
 /// The host's way out, by which passt knows what network to be.
@@ -170,17 +141,17 @@ fn a_guest_reaches_a_server_of_its_host_over_a_user_network() {
     let server = TcpListener::bind("127.0.0.1:5001").unwrap();
     let Some(mut guest) = shell("--net user", NET) else { return };
     let script = "[ \"$ip\" ] && ip addr add $ip/$mask dev $interface && ip route add default via $router";
-    run(&mut guest, &format!("echo '#!/bin/busybox sh' >/tmp/got; echo '{script}' >>/tmp/got; chmod +x /tmp/got"));
-    run(&mut guest, "ip link set eth0 up && udhcpc -n -q -i eth0 -s /tmp/got");
+    guest.run(&format!("echo '#!/bin/busybox sh' >/tmp/got; echo '{script}' >>/tmp/got; chmod +x /tmp/got"));
+    guest.run("ip link set eth0 up && udhcpc -n -q -i eth0 -s /tmp/got");
     // Where the guest's way out is, the host is.
-    guest.keys(&format!("nc {gateway} 5001 >/tmp/in; nc {gateway} 5001 </tmp/in; echo sent \\back\n"));
+    guest.begin(&format!("nc {gateway} 5001 >/tmp/in; nc {gateway} 5001 </tmp/in; echo sent \\back"));
     let bytes = noise(2, SIZE);
     accept_tcp(&server).write_all(&bytes).unwrap();
     let mut back = Vec::new();
     accept_tcp(&server).read_to_end(&mut back).unwrap();
     assert!(back == bytes, "{} bytes came back of {SIZE}", back.len());
     guest.until("sent back");
-    end(guest);
+    guest.leave("exit\n");
 }
 
 #[test]
@@ -192,15 +163,15 @@ fn two_guests_send_each_other_a_stream_over_a_socket() {
     let path = folder.path().join("wire");
     let Some(mut left) = shell(&format!("--net socket:{},listen", path.display()), NET) else { return };
     let Some(mut right) = shell(&format!("--net socket:{}", path.display()), NET) else { return };
-    run(&mut left, "ip addr add 10.8.0.1/24 dev eth0 && ip link set eth0 up; seq 1 200000 >/tmp/all");
-    run(&mut right, "ip addr add 10.8.0.2/24 dev eth0 && ip link set eth0 up; seq 1 200000 >/tmp/all");
-    run(&mut right, "ping -c 1 10.8.0.1");
-    left.keys("nc -l -p 5000 >/tmp/in; cmp /tmp/in /tmp/all && echo all \\came\n");
-    run(&mut right, "sleep 1; nc 10.8.0.1 5000 </tmp/all");
+    left.run("ip addr add 10.8.0.1/24 dev eth0 && ip link set eth0 up; seq 1 200000 >/tmp/all");
+    right.run("ip addr add 10.8.0.2/24 dev eth0 && ip link set eth0 up; seq 1 200000 >/tmp/all");
+    right.run("ping -c 1 10.8.0.1");
+    left.begin("nc -l -p 5000 >/tmp/in; cmp /tmp/in /tmp/all && echo all \\came");
+    right.run("sleep 1; nc 10.8.0.1 5000 </tmp/all");
     left.until("all came");
-    end(right);
-    run(&mut left, "sleep 1; grep 0 /sys/class/net/eth0/carrier");
-    end(left);
+    right.leave("exit\n");
+    left.run("sleep 1; grep 0 /sys/class/net/eth0/carrier");
+    left.leave("exit\n");
     assert!(!path.exists(), "the socket is still there");
 }
 
@@ -249,14 +220,14 @@ fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
         for (1..2) {{ accept(C, S); {body} }}",
         address(52, u32::MAX)
     );
-    guest.keys(&format!("{perl} -e '{call}'; echo hung \\up\n"));
+    guest.begin(&format!("{perl} -e '{call}'; echo hung \\up"));
     let stream = accept_unix(&server);
     let bytes = noise(1, SIZE);
     assert!(echo(stream.try_clone().unwrap(), stream.try_clone().unwrap(), &bytes) == bytes);
     stream.shutdown(Shutdown::Write).unwrap();
     assert_eq!((&stream).read(&mut [0]).unwrap(), 0, "the guest closes too");
     guest.until("hung up");
-    guest.keys(&format!("{perl} -e '$|=1; {serve}'; echo hung \\up\n"));
+    guest.begin(&format!("{perl} -e '$|=1; {serve}'; echo hung \\up"));
     guest.until("ready");
     for _ in 0..2 {
         let mut stream = UnixStream::connect(&path).unwrap();
@@ -274,8 +245,8 @@ fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
     stream.write_all(b"CONNECT 53\n").unwrap();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     let call = format!("socket(C, 40, 1, 0); connect(C, {}) and die; print \"nobo\", \"dy\\n\"", address(4321, 2));
-    guest.keys(&format!("{perl} -e '{call}'\n"));
+    guest.begin(&format!("{perl} -e '{call}'"));
     guest.until("nobody");
-    end(guest);
+    guest.leave("exit\n");
     assert!(!path.exists(), "the socket is still there");
 }

@@ -6,119 +6,57 @@ mod common;
 
 #[path = "linux/guest.rs"]
 mod guest;
+#[path = "linux/shell.rs"]
+mod shell;
 
 use std::time::{Duration, Instant};
 
-use guest::{Guest, Told, linux, note};
+use guest::note;
+use shell::Shell;
 
 /// MiB of RAM of every guest.
 const MEMORY: u64 = 320;
 const MIB: u64 = 1 << 20;
 
 /// A guest with a shell on its console.
-fn shell(words: &str) -> Option<Shell> {
-    let words = format!("--memory {MEMORY}M --timeout 300 {words}");
-    let mut guest = linux("6.12/vmlinuz", &words, "quiet bantam.checks=none bantam.do=shell")?;
-    guest.until("# ");
-    let mut shell = Shell { guest, asked: 0 };
-    shell.ask("stty -echo; dmesg -n 1; cd /lib/modules/$(uname -r)");
-    Some(shell)
+fn shell(words: &str, modules: &str) -> Option<Shell> {
+    Shell::start(&format!("--memory {MEMORY}M {words}"), modules)
 }
 
-struct Shell {
-    guest: Guest,
-    asked: u32,
+/// Random numbers come, by interrupts of the device's own.
+fn random_numbers(shell: &mut Shell) {
+    shell.is("cat /sys/class/misc/hw_random/rng_current", "virtio_rng.0");
+    let interrupts =
+        "awk '/virtio/ { for (i = 2; $i ~ /^[0-9]+$/; i++) n += $i } END { print n + 0 }' /proc/interrupts";
+    let before: u64 = shell.ask(interrupts).parse().unwrap();
+    let sums =
+        shell.ask("for n in 1 2 3; do dd if=/dev/hwrng bs=512 count=8 2>/dev/null | md5sum; done | sort -u | wc -l");
+    assert_eq!(sums, "3");
+    let after: u64 = shell.ask(interrupts).parse().unwrap();
+    assert!(after > before, "{before} interrupts, then {after}");
+    note(&format!("{} interrupts for 12 KiB of random numbers", after - before));
 }
 
-impl Shell {
-    /// What a command prints.
-    fn ask(&mut self, command: &str) -> String {
-        self.ask_with(command, "")
-    }
+/// Bytes of guest RAM that the host has made.
+fn ram(shell: &Shell) -> u64 {
+    let folder = format!("/proc/{}/fd", shell.guest.pid());
+    let files = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let ram = files.filter(|path| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("guest-ram")));
+    use std::os::unix::fs::MetadataExt;
+    ram.map(|path| std::fs::metadata(path).unwrap().blocks() * 512).max().unwrap()
+}
 
-    /// What a command prints that reads what is typed once it runs.
-    fn ask_with(&mut self, command: &str, typed: &str) -> String {
-        self.asked += 1;
-        let (start, end) = (format!("<<{}>>", self.asked), format!(">>{}<<", self.asked));
-        // The shell shows the line, too, and so that is not where they are found.
-        let say = |mark: &str| format!("echo {:?}\"\"{:?}", &mark[..1], &mark[1..]);
-        self.guest.keys(&format!("{}; {command}; {}\n", say(&start), say(&end)));
-        self.guest.until(&start);
-        if !typed.is_empty() {
-            std::thread::sleep(common::within(0.3));
-            self.guest.keys(typed);
+/// Waits until there is less of it; gives how much.
+#[track_caller]
+fn ram_below(shell: &Shell, most: u64) -> u64 {
+    let start = Instant::now();
+    loop {
+        let ram = ram(shell);
+        if ram < most {
+            return ram;
         }
-        self.guest.until(&end);
-        let text = self.guest.text();
-        let (from, to) = (text.rfind(&start).unwrap() + start.len(), text.rfind(&end).unwrap());
-        text[from..to].trim().to_owned()
-    }
-
-    /// The same, which is this.
-    #[track_caller]
-    fn is(&mut self, command: &str, result: &str) {
-        assert_eq!(self.ask(command), result, "{command}");
-    }
-
-    /// Ends the guest; its kernel has nothing to complain of.
-    fn end(self) -> Told {
-        self.end_by("poweroff -f\n")
-    }
-
-    fn end_by(mut self, keys: &str) -> Told {
-        let complaints = self.ask("dmesg -r | grep '^<[0-4]>' | sed 's/^/check dmesg: /'");
-        self.guest.keys(keys);
-        let told = self.guest.end();
-        told.expect(0);
-        assert!(told.complaints().is_empty(), "{complaints}");
-        told
-    }
-
-    /// Random numbers come, by interrupts of the device's own.
-    fn random_numbers(&mut self) {
-        self.is("cat /sys/class/misc/hw_random/rng_current", "virtio_rng.0");
-        let interrupts =
-            "awk '/virtio/ { for (i = 2; $i ~ /^[0-9]+$/; i++) n += $i } END { print n + 0 }' /proc/interrupts";
-        let before: u64 = self.ask(interrupts).parse().unwrap();
-        let sums =
-            self.ask("for n in 1 2 3; do dd if=/dev/hwrng bs=512 count=8 2>/dev/null | md5sum; done | sort -u | wc -l");
-        assert_eq!(sums, "3");
-        let after: u64 = self.ask(interrupts).parse().unwrap();
-        assert!(after > before, "{before} interrupts, then {after}");
-        note(&format!("{} interrupts for 12 KiB of random numbers", after - before));
-    }
-
-    /// The driver lets go of its device and takes it again, so many times.
-    fn rebind(&mut self, driver: &str, times: u32) {
-        let folder = format!("/sys/bus/virtio/drivers/{driver}");
-        let name = self.ask(&format!("cd {folder}; ls -d virtio*; cd - >/dev/null"));
-        let again =
-            format!("for n in $(seq {times}); do echo {name} >{folder}/unbind; echo {name} >{folder}/bind; done");
-        self.is(&format!("{again}; ls -d {folder}/{name}"), &format!("{folder}/{name}"));
-    }
-
-    /// Bytes of guest RAM that the host has made.
-    fn ram(&self) -> u64 {
-        let folder = format!("/proc/{}/fd", self.guest.pid());
-        let files = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
-        let ram =
-            files.filter(|path| std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("guest-ram")));
-        use std::os::unix::fs::MetadataExt;
-        ram.map(|path| std::fs::metadata(path).unwrap().blocks() * 512).max().unwrap()
-    }
-
-    /// Waits until there is less of it; gives how much.
-    #[track_caller]
-    fn ram_below(&self, most: u64) -> u64 {
-        let start = Instant::now();
-        loop {
-            let ram = self.ram();
-            if ram < most {
-                return ram;
-            }
-            assert!(start.elapsed() < common::within(20.0), "{} MiB are not below {}", ram / MIB, most / MIB);
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        assert!(start.elapsed() < common::within(20.0), "{} MiB are not below {}", ram / MIB, most / MIB);
+        std::thread::sleep(Duration::from_millis(100));
     }
 }
 
@@ -127,11 +65,10 @@ fn random_numbers_come_over_virtio_mmio_and_drivers_come_and_go() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("trace.json");
     let words = format!("--transport mmio --trace={} --trace-filter device=virtio-rng", file.display());
-    let Some(mut shell) = shell(&words) else { return };
-    shell.ask("insmod virtio_mmio.ko; insmod virtio-rng.ko");
-    shell.random_numbers();
+    let Some(mut shell) = shell(&words, "virtio_mmio virtio-rng") else { return };
+    random_numbers(&mut shell);
     shell.rebind("virtio_rng", 100);
-    shell.random_numbers();
+    random_numbers(&mut shell);
     shell.end();
     // A viewer sees when the device was served.
     let trace: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
@@ -148,11 +85,8 @@ fn random_numbers_come_over_virtio_mmio_and_drivers_come_and_go() {
 fn random_numbers_come_over_virtio_pci_and_doorbells_that_exit_are_in_the_trace() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let words = format!("--doorbell exit --trace={} --trace-filter device=virtio-rng", file.path().display());
-    let Some(mut shell) = shell(&words) else { return };
-    shell.ask("insmod virtio-rng.ko");
-    shell.random_numbers();
-    shell.rebind("virtio_rng", 100);
-    shell.random_numbers();
+    let Some(mut shell) = shell(&words, "virtio-rng") else { return };
+    random_numbers(&mut shell);
     shell.end();
     let trace = std::fs::read_to_string(file.path()).unwrap();
     let rings = trace.lines().filter(|line| line.contains("write") && line.contains("virtio-rng.")).count();
@@ -163,7 +97,9 @@ fn random_numbers_come_over_virtio_pci_and_doorbells_that_exit_are_in_the_trace(
 #[test]
 fn a_virtio_console_and_a_balloon() {
     let name = format!("virtio-{}", std::process::id());
-    let Some(mut shell) = shell(&format!("--console stdio --balloon --until the_last_word --name {name}")) else {
+    let Some(mut shell) =
+        shell(&format!("--console stdio --balloon --until the_last_word --name {name}"), "virtio_balloon")
+    else {
         return;
     };
     shell.is("tty", "/dev/hvc0");
@@ -176,11 +112,10 @@ fn a_virtio_console_and_a_balloon() {
     let lines = format!("{line}\n").repeat(16) + "\x04";
     assert_eq!(shell.ask_with("cat >/tmp/in; wc -c </tmp/in; uniq /tmp/in | wc -l", &lines), "32784\n1");
     // The memory that a file had is given back once it is gone: free pages are reported.
-    shell.ask("insmod virtio_balloon.ko");
     shell.is("dd if=/dev/zero of=/tmp/file bs=1M count=80 2>/dev/null; wc -c </tmp/file", "83886080");
-    let full = shell.ram();
+    let full = ram(&shell);
     shell.ask("rm /tmp/file");
-    let free = shell.ram_below(full - 50 * MIB);
+    let free = ram_below(&shell, full - 50 * MIB);
     note(&format!("{} MiB of {MEMORY}, {} MiB after a file of 80 MiB was removed", full / MIB, free / MIB));
     // What a balloon takes the guest has not, and the host has.
     let available = "awk '/^MemAvailable/ { print int($2 / 1024) }' /proc/meminfo";
@@ -195,13 +130,12 @@ fn a_virtio_console_and_a_balloon() {
     }
     assert!(common::bantam("ps").run().out().contains(" 32M "));
     let after: u64 = shell.ask(available).parse().unwrap();
-    let small = shell.ram();
+    let small = ram(&shell);
     note(&format!(
         "32 MiB in the balloon: {before} MiB available, then {after}; the host has made {} MiB",
         small / MIB
     ));
     assert!(after + 24 < before && small < free + 16 * MIB, "{before}, {after}, {}", small / MIB);
-    shell.rebind("virtio_balloon", 10);
     common::bantam(&format!("balloon {name} 0")).run().expect(0);
     let start = Instant::now();
     while !actual().starts_with("0 in the balloon") {
@@ -212,4 +146,27 @@ fn a_virtio_console_and_a_balloon() {
     // What ends the machine is the last that is shown.
     let told = shell.end_by("echo the_''last_''word; echo more\n");
     assert!(told.text.ends_with("the_last_word"), "{}", told.text);
+}
+
+/// And works again. That of random numbers is the first test's, over the other transport.
+#[test]
+fn every_driver_lets_go_of_its_device_a_hundred_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name).display().to_string();
+    let (disk, console) = (file("disk"), file("console"));
+    std::fs::write(&disk, [b"bantam".to_vec(), vec![0; 4090]].concat()).unwrap();
+    let words = format!(
+        "--disk {disk} --net socket:{},listen --vsock cid=7,path={} --balloon --console file:{console}",
+        file("wire"),
+        file("v")
+    );
+    let modules = "virtio_blk failover net_failover virtio_net virtio_balloon \
+        vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport";
+    let Some(mut shell) = shell(&words, modules) else { return };
+    let drivers = ["virtio_blk", "virtio_net", "virtio_balloon", "virtio_console", "vmw_vsock_virtio_transport"];
+    drivers.into_iter().for_each(|driver| shell.rebind(driver, 100));
+    shell.is("head -c 6 /dev/vda; readlink /sys/class/net/eth0/device/driver | grep -c virtio_net", "bantam1");
+    shell.run("echo still there >/dev/hvc0");
+    shell.end();
+    assert_eq!(std::fs::read_to_string(console).unwrap().trim(), "still there");
 }

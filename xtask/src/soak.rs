@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 8] = [
+const JOBS: [Job; 9] = [
     Job {
         name: "loaders",
         count: 10_000_000,
@@ -65,6 +65,7 @@ const JOBS: [Job; 8] = [
     Job { name: "reboot-arm64", count: 1000, chunk: 50, sample: false, command: &hosted("arm64", LIVES) },
     // Streams of 4 MiB each way: 1 GiB in all.
     Job { name: "tap", count: 256, chunk: 16, sample: false, command: &hosted("x86_64", STREAMS) },
+    Job { name: "power", count: 500, chunk: 10, sample: false, command: &hosted("x86_64", KILLS) },
     Job {
         name: "console",
         count: 3,
@@ -82,6 +83,9 @@ const KERNELS: &str = "every_kernel_runs_with_every_number_of_cpus_and_size_of_r
 const LIVES: &str = "with_reboot_the_machine_starts_anew";
 /// Of tests/net.rs.
 const STREAMS: &str = "a_guest_and_its_host_send_each_other_a_stream_over_tap";
+
+/// Of tests/disk.rs.
+const KILLS: &str = "what_was_flushed_is_there_after_the_monitor_was_killed";
 
 /// Runs a test in a test host.
 const fn hosted(lane: &'static str, test: &'static str) -> [&'static str; 6] {
