@@ -92,8 +92,10 @@ mod unit {
 
     #[test]
     fn names_are_unique_and_find_their_guest() {
+        let mut names = std::collections::BTreeSet::new();
         for guest in all().iter().chain(tests()) {
-            assert!(std::ptr::eq(find(guest.name).unwrap(), guest), "{} is there twice", guest.name);
+            assert!(names.insert(guest.name), "{} is there twice", guest.name);
+            assert_eq!(find(guest.name).unwrap().about, guest.about);
             assert!(guest.name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-')), "{}", guest.name);
         }
         assert!(find("no such guest").is_none());

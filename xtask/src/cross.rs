@@ -74,14 +74,15 @@ fn target(arch: Arch) -> PathBuf {
 pub fn cargo(arch: Arch, words: &[&str]) -> Result<Command> {
     let mut command = sh::cargo(words);
     command.args(["--target", arch.triple()]).env("CARGO_TARGET_DIR", target(arch));
-    let name = arch.triple().to_uppercase().replace('-', "_");
-    // With --target these flags are not for procedural macros, which cannot be static.
-    command.env(format!("CARGO_TARGET_{name}_RUSTFLAGS"), "-C target-feature=+crt-static");
+    // With --target these flags are not for procedural macros, which cannot be static. Not in the environment, where a cargo
+    // that a test runs would find them.
+    let name = format!("target.{}", arch.triple());
+    command.args(["--config", &format!("{name}.rustflags=['-C', 'target-feature=+crt-static']")]);
     if !arch.is_native() {
         if let Some(rustc) = compiler(arch)? {
             command.env("RUSTC", rustc);
         }
-        command.env(format!("CARGO_TARGET_{name}_LINKER"), LINKER);
+        command.args(["--config", &format!("{name}.linker='{LINKER}'")]);
     }
     Ok(command)
 }

@@ -14,6 +14,9 @@ use crate::arch::Arch;
 use crate::host::{self, Job};
 use crate::{cross, linux, sh};
 
+/// How what is to be tested is built (Cargo.toml).
+pub const PROFILE: &str = "lane";
+
 /// All the tests of a lane must be done by then.
 const LIMIT: Duration = Duration::from_secs(1800);
 
@@ -138,9 +141,9 @@ impl Program {
 /// Builds everything that a lane runs, statically: the host has no libraries to count on.
 fn build(arch: Arch, tests: &Tests, show: &mut impl FnMut(&str)) -> Result<Vec<Program>> {
     let messages = "--message-format=json-render-diagnostics";
-    let wanted = ["build", "--profile", "lane", "--package", "bantam", "--bin", "bantam", "--examples", messages];
+    let wanted = ["build", "--profile", PROFILE, "--package", "bantam", "--bin", "bantam", "--examples", messages];
     let mut programs = artifacts(cross::cargo(arch, &wanted)?, show)?;
-    let mut command = cross::cargo(arch, &["test", "--no-run", "--profile", "lane", "--package", "bantam", messages])?;
+    let mut command = cross::cargo(arch, &["test", "--no-run", "--profile", PROFILE, "--package", "bantam", messages])?;
     command.args(tests.files.iter().flat_map(|name| ["--test", name]));
     if tests.unit {
         command.arg("--lib");

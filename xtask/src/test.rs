@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::arch::Arch;
-use crate::{drivers, lane, sh};
+use crate::{cross, drivers, lane, sh};
 
 /// Words of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -203,17 +203,24 @@ fn files(machines: bool) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// Cargo for tests on this machine, of the programs that its test host runs too: they are built once.
+fn here(words: &[&str]) -> Result<Command> {
+    let mut command = cross::cargo(Arch::native(), words)?;
+    command.args(["--profile", lane::PROFILE]);
+    Ok(command)
+}
+
 fn unit(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
     // Not --bins: the floor has no runtime for tests to run in.
-    let mut code = sh::cargo(&["test", "--no-fail-fast", "--workspace", "--lib", "--bin", "bantam", "--bin", "xtask"]);
+    let mut code = here(&["test", "--no-fail-fast", "--workspace", "--lib", "--bin", "bantam", "--bin", "xtask"])?;
     code.args(files(false)?.iter().flat_map(|name| ["--test", name]));
-    libtest("unit", [code, sh::cargo(&["test", "--no-fail-fast", "--workspace", "--doc"])], filter, show)
+    libtest("unit", [code, here(&["test", "--no-fail-fast", "--workspace", "--doc"])?], filter, show)
 }
 
 fn native(filter: Option<&str>, show: Show<'_>) -> Result<Tally> {
     // One test runs the programs of examples/.
-    sh::run(sh::cargo(&["build", "--quiet", "--examples"]))?;
-    let mut command = sh::cargo(&["test", "--no-fail-fast"]);
+    sh::run(here(&["build", "--quiet", "--examples"])?)?;
+    let mut command = here(&["test", "--no-fail-fast"])?;
     command.env("BANTAM_VIRTIO_GUEST", drivers::build()?);
     let files = files(true)?;
     command.args(files.iter().flat_map(|name| ["--test", name]));
