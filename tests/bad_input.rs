@@ -100,11 +100,10 @@ fn ram_that_cannot_be() {
         ("--memory 0", "RAM"),
         ("--memory 4097", "page size"),
         ("--memory 1", "page size"),
-        ("--memory 64T", "--memory"),
+        ("--memory 8388608G", "--memory"),
         ("--memory 16777216G", "--memory"),
     ] {
-        let words = words.replace("64T", "65536G");
-        bantam("run").arg(guest.path()).words(&words).run().refused(125).said(reason);
+        bantam("run").arg(guest.path()).words(words).run().refused(125).said(reason);
     }
 }
 

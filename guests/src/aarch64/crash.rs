@@ -121,12 +121,13 @@ guest! {
 }
 
 guest! {
-    /// Takes a lock that is not aligned to its size. (With the MMU off any such access faults; QEMU's CPUs, on which this is
-    /// tested, know it of exclusive ones only.)
+    /// Takes a lock that is not aligned to its size and lies across two pieces of 16 bytes, within which a CPU with FEAT_LSE2
+    /// allows it. (With the MMU off any such access faults; QEMU's CPUs, on which this is tested, know it of exclusive ones
+    /// only.)
     crash_unaligned,
     set_vectors!("guest_crash_unaligned"),
     r#"
-            add x1, x9, 0x401
+            add x1, x9, 0x40f
             ldaxr w0, [x1]
     "#,
     vector!("guest_crash_unaligned"),
