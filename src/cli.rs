@@ -43,6 +43,10 @@ pub enum Command {
     Top(String),
     /// End a machine, gently where its guest can be asked.
     Stop(String),
+    /// Has a machine stand still.
+    Pause(String),
+    /// Has it go on.
+    Resume(String),
     /// Say how large a machine's balloon shall be, or show it.
     Balloon(String, Option<Size>),
     /// Print a text to stdout: help, version, completions, the manual page.
@@ -127,6 +131,22 @@ enum Verb {
         after_help = "A second `bantam stop`, or the machine's --stop-timeout, ends it in any case.\nExample: bantam stop web"
     )]
     Stop {
+        /// The machine's name, as `bantam ps` shows it
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// Have a machine stand still: no CPU and no device does anything until `bantam resume`
+    #[command(
+        after_help = "The guest's clocks go on, and --timeout does. A paused machine that is to end ends at once.\nExample: bantam pause web"
+    )]
+    Pause {
+        /// The machine's name, as `bantam ps` shows it
+        #[arg(value_name = "NAME")]
+        name: String,
+    },
+    /// Have a paused machine go on
+    #[command(after_help = "Example: bantam resume web")]
+    Resume {
         /// The machine's name, as `bantam ps` shows it
         #[arg(value_name = "NAME")]
         name: String,
@@ -237,6 +257,8 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
             Verb::Ps => Ok(Command::Ps),
             Verb::Top { name } => Ok(Command::Top(name)),
             Verb::Stop { name } => Ok(Command::Stop(name)),
+            Verb::Pause { name } => Ok(Command::Pause(name)),
+            Verb::Resume { name } => Ok(Command::Resume(name)),
             Verb::Balloon { name, size } => Ok(Command::Balloon(name, size)),
             Verb::Completions { shell } => {
                 let mut text = Vec::new();

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use bantam::cli::{self, Command};
 use bantam::config::Config;
+use bantam::control::Request;
 use bantam::error::{refuse, status, usage, verdict};
 use bantam::host::say::{print, say};
 use bantam::load::{self, Guest, Image};
@@ -38,6 +39,8 @@ fn carry_out() -> Result<u8> {
         Command::Ps => top::ps(),
         Command::Top(name) => top::top(&name),
         Command::Stop(name) => top::stop(&name),
+        Command::Pause(name) => top::ask(&name, Request::Pause {}),
+        Command::Resume(name) => top::ask(&name, Request::Resume {}),
         Command::Balloon(name, size) => top::balloon(&name, size),
         Command::Print(text) => print(&text),
         Command::Check => {

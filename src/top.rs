@@ -1,4 +1,4 @@
-//! `bantam ps`, `bantam top`, `bantam stop` and `bantam balloon`: what the control sockets of this user's machines say.
+//! `bantam ps`, `top`, `stop`, `pause`, `resume` and `balloon`: what the control sockets of this user's machines say.
 
 mod screen;
 
@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use self::screen::{ENTER, LEAVE, Screen};
 use crate::config::Size;
-use crate::control::{self, Info, Request};
+use crate::control::{self, Info, Request, State};
 use crate::host::say::{print, printable};
 use crate::host::{sys, terminal};
 
@@ -40,19 +40,20 @@ fn list(machines: &[Info]) -> String {
         machines.iter().map(|info| of(info).chars().count()).max().unwrap_or(0).max(least)
     };
     let (names, guests) = (width(|i| &i.name, 4), width(|i| &i.guest, 5));
-    let line = |name: &str, pid: &str, age: &str, guest: &str, rest: [&str; 4]| {
-        let [cpus, memory, balloon, exits] = rest;
-        let line =
-            format!("{name:names$} {pid:>8} {age:>11}  {guest:guests$} {cpus:>4} {memory:>8} {balloon:>8} {exits:>10}");
+    let line = |name: &str, [pid, age, state]: [&str; 3], guest: &str, [cpus, memory, balloon, exits]: [&str; 4]| {
+        let who = format!("{name:names$} {pid:>8} {age:>11}  {state:7} {guest:guests$}");
+        let line = format!("{who} {cpus:>4} {memory:>8} {balloon:>8} {exits:>10}");
         printable(&line).replace('\n', "\\n") + "\n"
     };
-    let mut text = line("NAME", "PID", "AGE", "GUEST", ["CPUS", "MEMORY", "BALLOON", "EXITS/S"]);
+    let mut text = line("NAME", ["PID", "AGE", "STATE"], "GUEST", ["CPUS", "MEMORY", "BALLOON", "EXITS/S"]);
     for info in machines {
         let exits = info.exits_per_second.map_or("-".into(), |exits| format!("{exits:.0}"));
         let balloon = info.balloon.map_or("-".into(), |size| Size(size).to_string());
         let rest = [info.cpus.to_string(), Size(info.memory).to_string(), balloon, exits];
         let [cpus, memory, balloon, exits] = &rest;
-        text += &line(&info.name, &info.pid.to_string(), &age(info.age), &info.guest, [cpus, memory, balloon, exits]);
+        let state = if info.state == State::Paused { "paused" } else { "running" };
+        let who = [&info.pid.to_string(), &age(info.age), state];
+        text += &line(&info.name, who, &info.guest, [cpus, memory, balloon, exits]);
     }
     text
 }
@@ -76,6 +77,14 @@ pub fn stop(name: &str) -> Result<u8> {
         std::thread::sleep(Duration::from_millis(20));
     }
     Ok(0)
+}
+
+/// Asks a machine for something that it answers once it is done, and that says nothing.
+///
+/// # Errors
+/// There is no such machine, or it has ended.
+pub fn ask(name: &str, request: Request) -> Result<u8> {
+    control::ask(name, request).map(|_| 0)
 }
 
 /// How long a guest gets until what its balloon holds is shown, and how often it is looked at meanwhile.
@@ -259,6 +268,7 @@ mod tests {
             name: "web".into(),
             pid: 7,
             age: 3725.0,
+            state: State::Paused,
             guest: "a\nb\x1b[2J".into(),
             cpus: 2,
             memory: 1 << 29,
@@ -267,7 +277,10 @@ mod tests {
         };
         let text = list(&[info.clone(), Info { exits_per_second: None, ..info }]);
         assert_eq!(text.lines().count(), 3);
-        assert!(text.contains("1 h 02 min") && text.contains("512M") && text.contains(" 3M         12\n"), "{text}");
+        assert!(
+            text.contains("1 h 02 min  paused  a") && text.contains("512M") && text.contains(" 3M         12\n"),
+            "{text}"
+        );
         assert!(!text.contains('\x1b') && text.trim_end().ends_with('-'), "{text}");
     }
 

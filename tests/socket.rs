@@ -309,3 +309,63 @@ fn p33_a_thousand_connections_leave_room_for_one_that_asks() {
     assert!(all.len() > 500 && open < 50, "{} connections, {open} descriptors", all.len());
     end(machine);
 }
+
+/// A byte to the serial port, again and again.
+fn chatter() -> File {
+    let x86: &[u8] = &[0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd];
+    let arm64 = [0xd2a1_2001_u32, 0x3900_0020, 0x17ff_ffff].map(u32::to_le_bytes).concat();
+    file(if cfg!(target_arch = "x86_64") { x86 } else { &arm64 })
+}
+
+#[test]
+fn a_paused_machine_stands_still_until_it_is_to_go_on() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), chatter());
+    let out = place.0.path().join("out");
+    let started = place.machine(&guest, &format!("--name still --serial file:{}", out.display()));
+    let size = || std::fs::metadata(&out).map_or(0, |file| file.len());
+    let grows = |from: u64| {
+        let until = Instant::now() + common::within(10.0);
+        while size() <= from && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        size() > from
+    };
+    let tell = |words: &str| {
+        place.run(words).run().expect(0).said_nothing();
+    };
+    assert!(grows(0));
+    for _ in 0..3 {
+        tell("pause still");
+        tell("pause still");
+        // What was printed before is still written.
+        std::thread::sleep(common::within(0.1));
+        let before = size();
+        assert!(place.run("ps").run().out().contains(" paused "));
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(size(), before);
+        tell("resume still");
+        tell("resume still");
+        assert!(grows(before) && place.run("ps").run().out().contains(" running "));
+    }
+    // One after the other, each answered once it is done.
+    let mut stream = UnixStream::connect(place.socket("still")).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let ping = "{\"ping\":{}}\n";
+    stream.write_all(format!("{{\"pause\":{{}}}}\n{ping}{{\"resume\":{{}}}}\n{ping}").as_bytes()).unwrap();
+    let answers: Vec<Value> =
+        BufReader::new(&stream).lines().take(4).map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+    assert_eq!((&answers[0]["ok"], &answers[2]["ok"]), (&Value::Null, &Value::Null), "{answers:?}");
+    assert_eq!((&answers[1]["ok"]["state"], &answers[3]["ok"]["state"]), (&"paused".into(), &"running".into()));
+    // Nobody is there to hear its power button.
+    tell("pause still");
+    tell("stop still");
+    started.wait().expect(143);
+    place.run("pause still").run().refused(125).said("no machine is called still");
+    let started = place.run("run").arg(guest.path()).words("--name still --serial none --timeout 4").start();
+    started.up();
+    tell("pause still");
+    started.wait().expect(124);
+}

@@ -1,9 +1,8 @@
 //! The control socket of a machine: where it lies, who may use it, what can be asked.
 //!
-//! One request a line, one answer a line, both JSON: `{"ping":{}}`, `{"stats":{}}`, `{"stop":{}}`, `{"balloon":{}}`.
-//! Invariant: the folder belongs to this
-//! user and nobody else may enter it, so whoever connects is this user or root; a socket that a live machine answers is
-//! never taken away.
+//! One request a line, one answer a line, both JSON (docs/control.md). Invariant: the folder belongs to this user and
+//! nobody else may enter it, so whoever connects is this user or root; a socket that a live machine answers is never taken
+//! away.
 
 mod server;
 
@@ -53,6 +52,20 @@ pub enum Request {
     },
     /// Press the power button, or end the machine where nobody would hear it.
     Stop {},
+    /// Stand still: no CPU and no device does anything.
+    Pause {},
+    /// Go on.
+    Resume {},
+}
+
+/// Whether a machine's CPUs and devices are at work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// They are.
+    Running,
+    /// They stand still until somebody has them go on.
+    Paused,
 }
 
 /// What a request gives: JSON, or why there is none.
@@ -67,6 +80,8 @@ pub struct Info {
     pub pid: u32,
     /// Seconds since its start.
     pub age: f64,
+    /// Whether it is paused.
+    pub state: State,
     /// What it runs.
     pub guest: String,
     /// Virtual CPUs.
@@ -88,6 +103,7 @@ impl Info {
             name: text("name")?,
             pid: number("pid")?.try_into().ok()?,
             age: value["age"].as_f64()?,
+            state: State::deserialize(&value["state"]).ok()?,
             guest: text("guest")?,
             cpus: number("cpus")?.try_into().ok()?,
             memory: number("memory")?,

@@ -49,7 +49,12 @@ pub struct Server {
     work: u32,
     /// Nothing is watched until the window ends.
     paused: bool,
+    /// The client whose request is being carried out; until it has its answer nobody else's is looked at.
+    waits: Option<usize>,
 }
+
+/// Answers a request; none where the answer comes by [`Server::answer`], as soon as the event loop has carried it out.
+pub type Reply<'a> = &'a mut dyn FnMut(Request) -> Option<Answer>;
 
 /// What a step of serving a client led to.
 enum Step {
@@ -78,6 +83,7 @@ impl Server {
             window: Instant::now(),
             work: 0,
             paused: false,
+            waits: None,
         }))
     }
 
@@ -109,6 +115,8 @@ impl Server {
         let clients = self.clients.iter().flatten();
         let times = clients.filter_map(|client| match (client.answer.is_empty(), client.request.is_empty()) {
             (false, _) => Some((Instant::now() + RETRY).min(client.since + PATIENCE)),
+            // One that came with another, which had to be carried out first.
+            (true, false) if client.has_request() && !self.paused => Some(Instant::now()),
             (true, false) => Some(client.since + PATIENCE),
             (true, true) => None,
         });
@@ -119,12 +127,7 @@ impl Server {
     ///
     /// # Errors
     /// The host refuses to watch.
-    pub fn serve(
-        &mut self,
-        readiness: &Readiness,
-        ready: &[u64],
-        reply: &mut dyn FnMut(Request) -> Answer,
-    ) -> Result<()> {
+    pub fn serve(&mut self, readiness: &Readiness, ready: &[u64], reply: Reply<'_>) -> Result<()> {
         let now = Instant::now();
         if now.saturating_duration_since(self.window) >= WINDOW {
             (self.window, self.work) = (now, 0);
@@ -136,7 +139,7 @@ impl Server {
             let readable = !self.paused && ready.contains(&token(slot));
             self.attend(slot, readable, now, reply);
         }
-        if !self.paused && ready.contains(&TOKENS) {
+        if !self.paused && self.waits.is_none() && ready.contains(&TOKENS) {
             self.accept(readiness, now)?;
         }
         if self.work >= WORK && !self.paused {
@@ -145,8 +148,20 @@ impl Server {
         Ok(())
     }
 
+    /// What became of the request that was carried out, if there was one.
+    pub fn answer(&mut self, answer: &Answer) {
+        let client = self.waits.take().and_then(|slot| self.clients.get_mut(slot)?.as_mut());
+        if let Some(client) = client {
+            // What it does not take now it is offered again, as ever.
+            let _ = client.give(answer, Instant::now());
+        }
+    }
+
     /// Serves one client for as long as there is something to do and work left.
-    fn attend(&mut self, slot: usize, readable: bool, now: Instant, reply: &mut dyn FnMut(Request) -> Answer) {
+    fn attend(&mut self, slot: usize, readable: bool, now: Instant, reply: Reply<'_>) {
+        if self.waits.is_some() {
+            return;
+        }
         let Some(place) = self.clients.get_mut(slot) else { return };
         let Some(client) = place else { return };
         // Even if it is not read from now: who sends and does not take its answers is heard of again and again.
@@ -157,7 +172,13 @@ impl Server {
             step = match if self.work < WORK { client.next_request() } else { None } {
                 Some(line) => {
                     self.work += ANSWER;
-                    client.answer(&line, now, reply)
+                    match client.answer(&line, now, reply) {
+                        Some(step) => step,
+                        None => {
+                            self.waits = Some(slot);
+                            return;
+                        }
+                    }
                 }
                 None if client.ending && self.work < WORK => Step::Gone,
                 None if readable && self.work < WORK => {
@@ -218,6 +239,10 @@ impl Client {
         Step::Again
     }
 
+    fn has_request(&self) -> bool {
+        self.ending || self.request.contains(&b'\n')
+    }
+
     /// A whole request, if there is one. The last one needs no line end.
     fn next_request(&mut self) -> Option<Vec<u8>> {
         match self.request.iter().position(|byte| *byte == b'\n') {
@@ -227,12 +252,21 @@ impl Client {
         }
     }
 
-    fn answer(&mut self, line: &[u8], now: Instant, reply: &mut dyn FnMut(Request) -> Answer) -> Step {
-        match serde_json::from_slice(line).map(reply) {
-            Ok(Ok(json)) => self.say("ok", &json),
-            Ok(Err(why)) => self.error(&why),
-            Err(_) => self
-                .refuse("not a request; there are {\"ping\":{}}, {\"stats\":{}}, {\"balloon\":{}} and {\"stop\":{}}"),
+    /// Answers a request; none where it is to be carried out first.
+    fn answer(&mut self, line: &[u8], now: Instant, reply: Reply<'_>) -> Option<Step> {
+        let Ok(request) = serde_json::from_slice(line) else {
+            self.refuse("not a request; there are ping, stats, balloon, pause, resume and stop: {\"ping\":{}}");
+            self.since = now;
+            return Some(self.write(now));
+        };
+        self.since = now;
+        reply(request).map(|answer| self.give(&answer, now))
+    }
+
+    fn give(&mut self, answer: &Answer, now: Instant) -> Step {
+        match answer {
+            Ok(json) => self.say("ok", json),
+            Err(why) => self.error(why),
         }
         self.since = now;
         self.write(now)

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::telling::Telling;
 use crate::config::Config;
-use crate::control::{Answer, Info, Request, Server, check_name};
+use crate::control::{Answer, Info, Request, Server, State, check_name};
 use crate::error::refuse;
 use crate::event::Readiness;
 use crate::host::say::say;
@@ -40,6 +40,8 @@ pub struct Wish {
     pub count: bool,
     /// To end.
     pub stop: bool,
+    /// To be in this state from now on; whoever wants it waits for [`Control::is`].
+    pub state: Option<State>,
 }
 
 impl Control {
@@ -68,6 +70,7 @@ impl Control {
             name: config.name.clone().unwrap_or_else(|| format!("bantam-{pid}")),
             pid,
             age: 0.0,
+            state: State::Running,
             guest: String::new(),
             cpus: config.cpus.count(),
             memory: config.memory.0,
@@ -110,10 +113,27 @@ impl Control {
         info.age = started.elapsed().as_secs_f64();
         info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
         server.serve(readiness, ready, &mut |request| match request {
-            Request::Balloon { size } => aim(balloon.as_deref(), size, info.memory),
-            _ => answer(request, info, telling, wish),
+            Request::Balloon { size } => Some(aim(balloon.as_deref(), size, info.memory)),
+            Request::Pause {} => be(State::Paused, info, wish),
+            Request::Resume {} => be(State::Running, info, wish),
+            _ => Some(answer(request, info, telling, wish)),
         })?;
         Ok(std::mem::take(wish))
+    }
+
+    /// The machine is in this state now: whoever wanted that has its answer.
+    pub fn is(&mut self, state: State) {
+        self.info.state = state;
+        self.answer(&Ok("null".into()));
+    }
+
+    /// The machine has ended, whatever else was wanted of it.
+    pub fn has_ended(&mut self) {
+        self.answer(&Err("the machine has ended".into()));
+    }
+
+    fn answer(&mut self, answer: &Answer) {
+        self.server.iter_mut().for_each(|server| server.answer(answer));
     }
 
     /// A machine that nobody gave a name does without a socket if it must.
@@ -129,6 +149,15 @@ impl Control {
         }
         Ok(())
     }
+}
+
+/// Has the machine be in a state, unless it is.
+fn be(state: State, info: &Info, wish: &mut Wish) -> Option<Answer> {
+    if info.state == state {
+        return Some(Ok("null".into()));
+    }
+    wish.state = Some(state);
+    None
 }
 
 /// Says how the balloon is, after it was told how large it shall be.
@@ -161,8 +190,7 @@ fn answer(request: Request, info: &Info, telling: &Telling, wish: &mut Wish) -> 
             wish.stop = true;
             return Ok("null".into());
         }
-        // Answered before.
-        (Request::Balloon { .. }, _) => return Err("no balloon".into()),
+        (Request::Balloon { .. } | Request::Pause {} | Request::Resume {}, _) => return Err("answered before".into()),
         (Request::Stats { start: false }, None) => {
             return Err("this machine keeps no statistics; start it with --stats".into());
         }

@@ -8,11 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::control::Wish;
 use super::streams::{Ended, Streams};
 use super::watchdog::Watchdog;
 use super::{End, Lent, Life, Machine, Paused, Running};
 use crate::arch;
 use crate::board;
+use crate::config::Config;
+use crate::control::State;
 use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::sys;
@@ -50,7 +53,7 @@ impl Machine<Running> {
     /// # Errors
     /// The host refuses to wait.
     pub fn wait(mut self, life: &Life, streams: &mut Streams) -> Result<(Machine<Paused>, End)> {
-        let mut looks = Looks { pause: FIRST_LOOK, watchdog: Watchdog::new(&self.config) };
+        let mut looks = Looks::new(&self.config);
         let readiness = match watching(life, streams) {
             Ok(readiness) => readiness,
             Err(e) => {
@@ -64,46 +67,20 @@ impl Machine<Running> {
             streams.release();
             let ended = self.state.ended.clone();
             let machine = self.pause()?;
-            let end = match (served?, ended.get()) {
-                (Served::End(end), _) if end != End::AllHalted => end,
+            let served = served?;
+            looks.after(&served, &machine.config);
+            let end = match (served, ended.get()) {
+                (Served::End(end), _) if end != End::AllHalted => Some(end),
                 // A CPU may have ended the machine while it was being stopped.
-                (_, Some((cpu, stop))) => End::Guest(*cpu, stop.clone()),
-                (Served::Report, None) => {
-                    say(&machine.scene(&life.last_exits(machine.buses())).life());
-                    self = machine.go_on(life, streams)?;
-                    continue;
-                }
-                (Served::Stalled(story), None) => {
-                    say(&format!("{story}\n{}", machine.scene(&life.last_exits(machine.buses())).life()));
-                    self = machine.go_on(life, streams)?;
-                    continue;
-                }
-                (Served::Trapped(cpu), None) => {
-                    let found = machine.state.vcpus.iter().find(|vcpu| vcpu.id() == cpu);
-                    let Some(fault) = found.and_then(|vcpu| vcpu.trap(&machine.memory)) else {
-                        self = machine.go_on(life, streams)?;
-                        continue;
-                    };
-                    End::Guest(cpu, Stop::Died(fault))
-                }
-                (Served::Continued, None) => {
-                    self = machine.go_on(life, streams)?;
-                    continue;
-                }
-                (Served::Count, None) => {
-                    life.telling.start();
-                    self = machine.go_on(life, streams)?;
-                    continue;
-                }
-                (Served::End(end), None) => {
-                    if board::can_wake(&machine.board, &machine.state.vcpus, &machine.memory)? {
-                        looks.pause = LONGEST_LOOK.min(looks.pause * 4);
-                        self = machine.go_on(life, streams)?;
-                        continue;
-                    }
-                    end
-                }
+                (_, Some((cpu, stop))) => Some(End::Guest(*cpu, stop.clone())),
+                (served, None) => machine.see_to(served, &readiness, life, streams)?,
             };
+            let Some(end) = end else {
+                self = machine.go_on(life, streams)?;
+                streams.control.is(State::Running);
+                continue;
+            };
+            streams.control.has_ended();
             streams.finish(if matches!(end, End::Signal(_) | End::Quit) { IMPATIENCE } else { PATIENCE });
             return Ok((machine, end));
         }
@@ -140,11 +117,8 @@ impl Machine<Running> {
                 return Ok(Served::End(End::Guest(*cpu, stop.clone())));
             }
             let asked = streams.control.serve(readiness, &ready, &life.telling)?;
-            if asked.stop && self.stops(&life.stopping) {
-                return Ok(Served::End(End::Signal(sys::SIGTERM)));
-            }
-            if asked.count {
-                return Ok(Served::Count);
+            if let Some(served) = self.asked(asked, life) {
+                return Ok(served);
             }
             let wish = streams.serve(readiness, &ready)?;
             match wish.end {
@@ -180,6 +154,21 @@ impl Machine<Running> {
 }
 
 impl Machine<Running> {
+    /// What clients of the control socket want that the CPUs are to stop for.
+    fn asked(&self, wish: Wish, life: &Life) -> Option<Served> {
+        if wish.stop && self.stops(&life.stopping) {
+            return Some(Served::End(End::Signal(sys::SIGTERM)));
+        }
+        if wish.state == Some(State::Paused) {
+            // It goes on with whoever is to count.
+            if wish.count {
+                life.telling.start();
+            }
+            return Some(Served::Pause);
+        }
+        wish.count.then_some(Served::Count)
+    }
+
     /// Whether the machine ends now that someone wants it to. The first time its power button is pressed, if the guest may
     /// hear it, and the guest gets time.
     fn stops(&self, stopping: &Stopping) -> bool {
@@ -219,6 +208,72 @@ impl Machine<Running> {
 }
 
 impl Machine<Paused> {
+    /// Does what the CPUs were stopped for; how the machine ends, or none where it goes on.
+    fn see_to(&self, served: Served, readiness: &Readiness, life: &Life, streams: &mut Streams) -> Result<Option<End>> {
+        let story = || self.scene(&life.last_exits(self.buses())).life();
+        match served {
+            Served::Report => say(&story()),
+            Served::Stalled(what) => say(&format!("{what}\n{}", story())),
+            Served::Trapped(cpu) => {
+                let found = self.state.vcpus.iter().find(|vcpu| vcpu.id() == cpu);
+                let fault = found.and_then(|vcpu| vcpu.trap(&self.memory));
+                return Ok(fault.map(|fault| End::Guest(cpu, Stop::Died(fault))));
+            }
+            Served::Continued => {}
+            Served::Count => life.telling.start(),
+            Served::Pause => {
+                streams.control.is(State::Paused);
+                return self.stand(readiness, life, streams);
+            }
+            Served::End(end) => {
+                let goes_on = board::can_wake(&self.board, &self.state.vcpus, &self.memory)?;
+                return Ok((!goes_on).then_some(end));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Serves a machine that stands still, until somebody has it go on or it is to end. Nobody is there to hear its power
+    /// button; what is typed waits.
+    fn stand(&self, readiness: &Readiness, life: &Life, streams: &mut Streams) -> Result<Option<End>> {
+        let (mut ready, mut typed) = (Vec::new(), false);
+        loop {
+            let next = [life.deadline, life.telling.deadline(), streams.deadline(), streams.control.deadline()];
+            let patience = next.into_iter().flatten().min().map(|at| at.saturating_duration_since(Instant::now()));
+            readiness.wait(patience, &mut ready).context("epoll")?;
+            if ready.contains(&SIGNALS)
+                && let Some(Served::End(end)) = signal(life, streams)
+            {
+                return Ok(Some(end));
+            }
+            let asked = streams.control.serve(readiness, &ready, &life.telling)?;
+            if asked.stop {
+                return Ok(Some(End::Signal(sys::SIGTERM)));
+            }
+            if asked.count {
+                life.telling.start();
+            }
+            let wish = streams.serve(readiness, &ready)?;
+            typed |= wish.input;
+            match wish.end {
+                Some(Ended::Report) => say(&self.scene(&life.last_exits(self.buses())).life()),
+                Some(ended) => return Ok(Some(ended.into())),
+                None => {}
+            }
+            let now = Instant::now();
+            if life.deadline.is_some_and(|at| at <= now) {
+                return Ok(Some(End::Timeout));
+            }
+            life.telling.tell_due(now);
+            if asked.state == Some(State::Running) {
+                if typed {
+                    streams.tell_again();
+                }
+                return Ok(None);
+            }
+        }
+    }
+
     /// Starts a machine again that was running before.
     fn go_on(self, life: &Life, streams: &Streams) -> Result<Machine<Running>> {
         self.state.vcpus.iter().for_each(|vcpu| arch::was_stopped(vcpu.fd()));
@@ -242,6 +297,8 @@ enum Served {
     /// Statistics were asked for: the CPUs stop, and go on with someone who counts. So none of them looks for such a
     /// wish between two exits.
     Count,
+    /// Somebody wants the machine to stand still.
+    Pause,
     /// The process was stopped for a while: the CPUs stop once more, and are told.
     Continued,
     /// `ctrl-a r`: the CPUs stop, a report shows them, and they go on.
@@ -290,6 +347,20 @@ struct Looks {
 }
 
 impl Looks {
+    fn new(config: &Config) -> Self {
+        Self { pause: FIRST_LOOK, watchdog: Watchdog::new(config) }
+    }
+
+    /// The CPUs have stopped for this.
+    fn after(&mut self, served: &Served, config: &Config) {
+        match served {
+            Served::End(End::AllHalted) => self.pause = LONGEST_LOOK.min(self.pause * 4),
+            // Nobody stalls who stands still.
+            Served::Pause => *self = Self::new(config),
+            _ => {}
+        }
+    }
+
     /// What `--watchdog` finds, if it is time to look.
     fn watch(&mut self, now: Instant, cpus: &[Lent]) -> Option<Served> {
         let watchdog = self.watchdog.as_mut()?;
