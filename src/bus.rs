@@ -401,6 +401,28 @@ impl Buses {
         self.devices.iter().map(|device| lock(device).name()).collect()
     }
 
+    /// The name and the state of each device.
+    pub fn save(&self) -> Vec<(String, Saved)> {
+        let one = |device: &Mutex<Box<dyn Device>>| {
+            let device = lock(device);
+            (device.name().to_owned(), device.save())
+        };
+        self.devices.iter().map(one).collect()
+    }
+
+    /// Gives each device its state.
+    ///
+    /// # Errors
+    /// They are not those of the devices that are here, or one refuses.
+    pub fn load(&self, saved: &[(String, Saved)]) -> anyhow::Result<()> {
+        let names = self.names();
+        if !names.iter().eq(saved.iter().map(|(name, _)| name)) {
+            let told: Vec<_> = saved.iter().map(|(name, _)| name.as_str()).collect();
+            anyhow::bail!("the devices here are {}, and the state is that of {}", names.join(", "), told.join(", "));
+        }
+        self.devices.iter().zip(saved).try_for_each(|(device, (_, saved))| lock(device).load(saved))
+    }
+
     /// How many accesses found no device, and the first of them.
     pub fn misses(&self) -> (u64, Option<Miss>) {
         (self.missed.load(Ordering::Relaxed), *lock(&self.first))

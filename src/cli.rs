@@ -15,6 +15,7 @@ use crate::arch;
 use crate::config::{Config, Seconds, Size};
 use crate::error::usage;
 use crate::load::Image;
+use crate::snapshot::Manifest;
 
 /// What a person asked for.
 #[derive(Debug, Clone)]
@@ -47,6 +48,10 @@ pub enum Command {
     Pause(String),
     /// Has it go on.
     Resume(String),
+    /// Writes a snapshot of a machine.
+    Snapshot(String, PathBuf),
+    /// Goes on with the machine of a snapshot.
+    Restore(PathBuf, Config),
     /// Say how large a machine's balloon shall be, or show it.
     Balloon(String, Option<Size>),
     /// Print a text to stdout: help, version, completions, the manual page.
@@ -151,6 +156,23 @@ enum Verb {
         #[arg(value_name = "NAME")]
         name: String,
     },
+    /// Write a machine to a folder, from which `bantam restore` has it go on; the machine goes on too
+    #[command(
+        after_help = "It stands still meanwhile; how long is printed. x86-64 only, as yet.\nExample: bantam snapshot web /var/tmp/web.snapshot"
+    )]
+    Snapshot {
+        /// The machine's name, as `bantam ps` shows it
+        #[arg(value_name = "NAME")]
+        name: String,
+        /// A folder that is not there yet
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
+    },
+    /// Go on with a machine where its snapshot was written
+    #[command(
+        after_help = "The options are those of run; what makes it another machine is refused.\nExample: bantam restore /var/tmp/web.snapshot --name web2 --stats"
+    )]
+    Restore,
     /// Take memory from a machine that goes on, and give it back: say how much its balloon shall hold
     #[command(
         after_help = "The machine needs --balloon and a guest with a driver for it, who may give less, and less soon.\nExamples: bantam balloon web 256M\n          bantam balloon web 0"
@@ -174,12 +196,15 @@ enum Verb {
     Man,
 }
 
+/// The verbs that take the machine's options.
+const TAKE_OPTIONS: [&str; 4] = ["run", "example", "layout", "restore"];
+
 /// The command line. The machine's options are put only where they will be looked at, under `verb`, or everywhere
-/// where that is not one of the three that take them: to describe them takes longer than to start a small machine.
+/// where that is not one of those that take them: to describe them takes longer than to start a small machine.
 fn command(verb: Option<&str>) -> clap::Command {
-    let only = ["run", "example", "layout"].into_iter().find(|v| Some(*v) == verb);
+    let only = TAKE_OPTIONS.into_iter().find(|v| Some(*v) == verb);
     let mut command = Words::command();
-    for name in only.map_or(vec!["run", "example", "layout"], |v| vec![v]) {
+    for name in only.map_or(TAKE_OPTIONS.to_vec(), |v| vec![v]) {
         command = command.mut_subcommand(name, with_options);
     }
     command
@@ -194,6 +219,7 @@ fn with_options(verb: clap::Command) -> clap::Command {
     let guest = Arg::new("guest").value_name("GUEST").value_parser(value_parser!(PathBuf));
     let positional = match verb.get_name() {
         "run" => Some(guest.required(true).help("The guest: flat binary, ELF or multiboot kernel")),
+        "restore" => Some(guest.value_name("FOLDER").required(true).help("The snapshot's folder")),
         "example" => Some(Arg::new("name-of-example").value_name("EXAMPLE").help("The built-in guest")),
         _ => None,
     };
@@ -243,6 +269,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
             }
             Some(name) => example(name, words, &mut command),
         },
+        "restore" => restore(words),
         "layout" => {
             let file = |name| words.get_one::<PathBuf>(name).cloned();
             let config = config(Config::default(), words)?;
@@ -252,26 +279,46 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
                 _ => Command::Layout(config),
             })
         }
-        _ => match Words::from_arg_matches(&matches)?.verb {
-            Verb::Inspect { file } => Ok(Command::Inspect(file)),
-            Verb::Ps => Ok(Command::Ps),
-            Verb::Top { name } => Ok(Command::Top(name)),
-            Verb::Stop { name } => Ok(Command::Stop(name)),
-            Verb::Pause { name } => Ok(Command::Pause(name)),
-            Verb::Resume { name } => Ok(Command::Resume(name)),
-            Verb::Balloon { name, size } => Ok(Command::Balloon(name, size)),
-            Verb::Completions { shell } => {
-                let mut text = Vec::new();
-                clap_complete::generate(shell, &mut self::command(None), "bantam", &mut text);
-                Ok(Command::Print(text))
-            }
-            Verb::Man => {
-                let mut text = Vec::new();
-                clap_mangen::Man::new(self::command(None)).render(&mut text).context("rendering the manual page")?;
-                Ok(Command::Print(text))
-            }
-            _ => Ok(Command::Check),
-        },
+        _ => other(&matches),
+    }
+}
+
+/// The verbs that take no options of a machine's.
+fn other(matches: &ArgMatches) -> Result<Command> {
+    Ok(match Words::from_arg_matches(matches)?.verb {
+        Verb::Inspect { file } => Command::Inspect(file),
+        Verb::Ps => Command::Ps,
+        Verb::Top { name } => Command::Top(name),
+        Verb::Stop { name } => Command::Stop(name),
+        Verb::Pause { name } => Command::Pause(name),
+        Verb::Resume { name } => Command::Resume(name),
+        Verb::Snapshot { name, folder } => Command::Snapshot(name, folder),
+        Verb::Balloon { name, size } => Command::Balloon(name, size),
+        Verb::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut command(None), "bantam", &mut text);
+            Command::Print(text)
+        }
+        Verb::Man => {
+            let mut text = Vec::new();
+            clap_mangen::Man::new(command(None)).render(&mut text).context("rendering the manual page")?;
+            Command::Print(text)
+        }
+        _ => Command::Check,
+    })
+}
+
+/// The machine of a snapshot, with what it is to have another of.
+fn restore(words: &ArgMatches) -> Result<Command> {
+    let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
+    let own = Manifest::open(folder)?.config;
+    let config = config(own.clone(), words)?;
+    match config.differs_from(&own) {
+        Some(name) => {
+            let why = format!("--{name} is part of the machine, and the snapshot has another");
+            Err(usage(why).hint("`bantam inspect FOLDER` shows what it is").into())
+        }
+        None => Ok(Command::Restore(folder.clone(), config)),
     }
 }
 

@@ -30,6 +30,7 @@ pub mod load;
 pub mod machine;
 pub mod memory;
 pub mod report;
+pub mod snapshot;
 pub mod stats;
 pub mod top;
 pub mod trace;

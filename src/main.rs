@@ -10,6 +10,7 @@ use bantam::control::Request;
 use bantam::error::{refuse, status, usage, verdict};
 use bantam::host::say::{print, say};
 use bantam::load::{self, Guest, Image};
+use bantam::snapshot::{Manifest, Snapshot};
 use bantam::{arch, board, check, host, machine, top};
 
 fn main() -> ExitCode {
@@ -32,6 +33,7 @@ fn carry_out() -> Result<u8> {
         Command::Example(guest, config) => run(|| Ok(Image::builtin(guest.name, (guest.image)())), &config),
         Command::ExampleLinux(kernel, config) => run_linux(kernel, &config),
         Command::ListExamples => print(cli::list_examples().as_bytes()),
+        Command::Inspect(path) if path.is_dir() => print(Manifest::open(&path)?.to_string().as_bytes()),
         Command::Inspect(path) => print(format!("{}", load::identify(Image::open(&path)?)?).as_bytes()),
         Command::Layout(config) => print(arch::layout(&config)?.to_string().as_bytes()),
         Command::DeviceTree(config, file) => write_tree(&config, &file),
@@ -39,8 +41,13 @@ fn carry_out() -> Result<u8> {
         Command::Ps => top::ps(),
         Command::Top(name) => top::top(&name),
         Command::Stop(name) => top::stop(&name),
-        Command::Pause(name) => top::ask(&name, Request::Pause {}),
-        Command::Resume(name) => top::ask(&name, Request::Resume {}),
+        Command::Pause(name) => top::ask(&name, &Request::Pause {}),
+        Command::Resume(name) => top::ask(&name, &Request::Resume {}),
+        Command::Snapshot(name, folder) => top::snapshot(&name, &folder),
+        Command::Restore(folder, config) => {
+            machine::hold_signal(&config)?;
+            end(machine::restore(&config, &Snapshot::open(&folder)?)?, &config)
+        }
         Command::Balloon(name, size) => top::balloon(&name, size),
         Command::Print(text) => print(&text),
         Command::Check => {
@@ -107,7 +114,10 @@ fn run(image: impl FnOnce() -> Result<Image>, config: &Config) -> Result<u8> {
 
 fn run_guest(guest: &Guest, config: &Config) -> Result<u8> {
     let config = load::settle(config, guest)?;
-    let ended = machine::run(&config, guest)?;
+    end(machine::run(&config, guest)?, &config)
+}
+
+fn end(ended: machine::Ended, config: &Config) -> Result<u8> {
     if config.explain.is_some() {
         ended.machine.take_down();
     }

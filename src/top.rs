@@ -2,6 +2,7 @@
 
 mod screen;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -71,8 +72,8 @@ pub fn ps() -> Result<u8> {
 /// # Errors
 /// There is no such machine.
 pub fn stop(name: &str) -> Result<u8> {
-    let pid = control::ask(name, Request::Ping {})?["pid"].clone();
-    control::ask(name, Request::Stop {})?;
+    let pid = control::ask(name, &Request::Ping {})?["pid"].clone();
+    control::ask(name, &Request::Stop {})?;
     while control::lives(name, &pid) {
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -83,8 +84,19 @@ pub fn stop(name: &str) -> Result<u8> {
 ///
 /// # Errors
 /// There is no such machine, or it has ended.
-pub fn ask(name: &str, request: Request) -> Result<u8> {
+pub fn ask(name: &str, request: &Request) -> Result<u8> {
     control::ask(name, request).map(|_| 0)
+}
+
+/// Has a machine write a snapshot of itself, and says how long it stood still.
+///
+/// # Errors
+/// There is no such machine, or it cannot: the folder is there already, or cannot be written.
+pub fn snapshot(name: &str, folder: &Path) -> Result<u8> {
+    let path = std::path::absolute(folder).with_context(|| folder.display().to_string())?;
+    let told = control::ask(name, &Request::Snapshot { path })?;
+    let (memory, seconds) = (told["memory"].as_u64().unwrap_or(0), told["seconds"].as_f64().unwrap_or(0.0));
+    print(format!("{} of RAM; the machine stood still for {:.1} ms\n", Size(memory), seconds * 1e3).as_bytes())
 }
 
 /// How long a guest gets until what its balloon holds is shown, and how often it is looked at meanwhile.
@@ -96,11 +108,11 @@ const LOOK: Duration = Duration::from_millis(50);
 /// # Errors
 /// There is no such machine, or it has no balloon.
 pub fn balloon(name: &str, size: Option<Size>) -> Result<u8> {
-    let mut told = control::ask(name, Request::Balloon { size: size.map(|size| size.0) })?;
+    let mut told = control::ask(name, &Request::Balloon { size: size.map(|size| size.0) })?;
     let end = Instant::now() + INFLATES;
     while size.is_some() && told["actual"] != told["target"] && Instant::now() < end {
         std::thread::sleep(LOOK);
-        told = control::ask(name, Request::Balloon { size: None })?;
+        told = control::ask(name, &Request::Balloon { size: None })?;
     }
     let number = |name: &str| Size(told[name].as_u64().unwrap_or(0));
     let (actual, target, given_back) = (number("actual"), number("target"), number("given_back"));
@@ -153,13 +165,13 @@ impl Sample {
 /// # Errors
 /// There is no such machine.
 pub fn top(name: &str) -> Result<u8> {
-    let mut first = control::ask(name, Request::Stats { start: true })?;
+    let mut first = control::ask(name, &Request::Stats { start: true })?;
     for _ in 0..TRIES {
         if !first.is_null() {
             break;
         }
         std::thread::sleep(Duration::from_millis(50));
-        first = control::ask(name, Request::Stats { start: true })?;
+        first = control::ask(name, &Request::Stats { start: true })?;
     }
     if !rustix::termios::isatty(rustix::stdio::stdout()) || !terminal::is_ours() {
         return show(name, first, None);
@@ -221,7 +233,7 @@ fn show(name: &str, mut answer: Value, mut screen: Option<(OwnedFd, Terminal<Scr
                 }
             }
         }
-        match control::ask(name, Request::Stats { start: true }) {
+        match control::ask(name, &Request::Stats { start: true }) {
             Ok(next) if !next.is_null() => answer = next,
             // A machine that reboots may be between two lives.
             Ok(_) => {}

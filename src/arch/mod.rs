@@ -6,6 +6,7 @@
 //! * words: `FLAT_MODE`, `ELF64_MODE`, `FLAT_IRQCHIP`, `ASKS_CPUID`, `LINUX_PLATFORM`, `flat_load`, `elf_mode`, `linear_entry`, `set_register`
 //! * the map: `layout`, `vm_type`
 //! * CPUs: `BootRegs`, `enter`, `enter_linux`, `CpuState`, `halted_for_good`, `lost`, `rests`, `show_pc`, `pc`, `seen`, `was_stopped`
+//! * snapshots: `SavedCpu`, `SavedVm`, `save_cpu`, `save_vm`, `load_cpu`, `load_vm`
 //! * reports: of a `CpuState` its `mode`, `places`, `sites`, `walk`, `stack`, `disassemble`, `story`, `culprit`
 
 #[cfg(target_arch = "aarch64")]

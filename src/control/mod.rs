@@ -33,7 +33,7 @@ const TRY: Duration = Duration::from_millis(25);
 const MAX_ANSWER: u64 = 16 << 20;
 
 /// What can be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// Who are you?
@@ -56,6 +56,11 @@ pub enum Request {
     Pause {},
     /// Go on.
     Resume {},
+    /// Write a snapshot of itself, and be as before.
+    Snapshot {
+        /// A folder that is not there yet, by its whole path.
+        path: PathBuf,
+    },
 }
 
 /// Whether a machine's CPUs and devices are at work.
@@ -192,7 +197,7 @@ fn claim(name: &str) -> Result<Option<(UnixListener, PathBuf)>> {
 }
 
 /// Asks the machine at `path`.
-fn ask_at(path: &Path, request: Request) -> Result<Value> {
+fn ask_at(path: &Path, request: &Request) -> Result<Value> {
     let mut tries = 0;
     let mut stream = loop {
         match connect(path) {
@@ -203,9 +208,11 @@ fn ask_at(path: &Path, request: Request) -> Result<Value> {
         tries += 1;
     };
     stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    // What a snapshot takes depends on how much RAM there is.
+    let patience = (!matches!(request, Request::Snapshot { .. })).then_some(PATIENCE);
+    stream.set_read_timeout(patience)?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    stream.write_all((serde_json::to_string(&request)? + "\n").as_bytes())?;
+    stream.write_all((serde_json::to_string(request)? + "\n").as_bytes())?;
     let mut line = String::new();
     BufReader::new(std::io::Read::take(&mut stream, MAX_ANSWER)).read_line(&mut line)?;
     let mut answer: Value = serde_json::from_str(&line).context("the machine's answer")?;
@@ -219,7 +226,7 @@ fn ask_at(path: &Path, request: Request) -> Result<Value> {
 ///
 /// # Errors
 /// There is none, or it does not answer.
-pub fn ask(name: &str, request: Request) -> Result<Value> {
+pub fn ask(name: &str, request: &Request) -> Result<Value> {
     use std::io::ErrorKind::{ConnectionRefused, NotFound, WouldBlock};
     check_name(name)?;
     let nobody = || refuse(format!("no machine is called {name}")).hint("`bantam ps` lists those there are");
@@ -237,7 +244,7 @@ pub fn ask(name: &str, request: Request) -> Result<Value> {
 /// Whether the machine of this name is still the process `pid`, or does not say.
 pub fn lives(name: &str, pid: &Value) -> bool {
     use std::io::ErrorKind::{ConnectionRefused, NotFound};
-    match ask_at(&socket_of(name), Request::Ping {}) {
+    match ask_at(&socket_of(name), &Request::Ping {}) {
         Ok(info) => info["pid"] == *pid,
         Err(e) => {
             let kind = e.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
@@ -257,7 +264,7 @@ pub fn machines() -> Result<Vec<Info>> {
     }
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let sockets = entries.filter(|path| path.extension().is_some_and(|e| e == "sock"));
-    let infos = sockets.filter_map(|path| Info::of(&ask_at(&path, Request::Ping {}).ok()?));
+    let infos = sockets.filter_map(|path| Info::of(&ask_at(&path, &Request::Ping {}).ok()?));
     let mut infos: Vec<Info> = infos.collect();
     infos.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(infos)

@@ -255,7 +255,9 @@ impl Client {
     /// Answers a request; none where it is to be carried out first.
     fn answer(&mut self, line: &[u8], now: Instant, reply: Reply<'_>) -> Option<Step> {
         let Ok(request) = serde_json::from_slice(line) else {
-            self.refuse("not a request; there are ping, stats, balloon, pause, resume and stop: {\"ping\":{}}");
+            self.refuse(
+                "not a request; there are ping, stats, balloon, pause, resume, snapshot and stop: {\"ping\":{}}",
+            );
             self.since = now;
             return Some(self.write(now));
         };

@@ -135,10 +135,10 @@ impl Format {
 ///
 /// # Errors
 /// The file of `--symbols` cannot be read, is no ELF, or names no code.
-pub fn symbols(config: &Config, guest: &Guest) -> Result<Names> {
+pub fn symbols(config: &Config, guest: Option<&Guest>) -> Result<Names> {
     let Some(path) = &config.symbols else {
-        let own = guest.format.program().and_then(|program| program.sections);
-        return Ok(Names::new(own.map(|table| symbols::names(&guest.image, table)).unwrap_or_default()));
+        let own = |guest: &Guest| Some(symbols::names(&guest.image, guest.format.program()?.sections?));
+        return Ok(Names::new(guest.and_then(own).unwrap_or_default()));
     };
     let file = Image::open(path).context("--symbols")?;
     let table = elf::sections(&file).with_context(|| format!("--symbols {}", file.name()))?;

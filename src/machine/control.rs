@@ -3,6 +3,7 @@
 //! A machine with a name of its own takes its socket before it is built. Any other makes one once it has lived for
 //! [`LATE`]: to make it takes longer than a small guest runs, and nobody asks a machine of two milliseconds anything.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,7 @@ pub struct Control {
 }
 
 /// What clients want of the machine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wish {
     /// To begin to count: somebody asked for statistics that nobody keeps.
     pub count: bool,
@@ -42,6 +43,8 @@ pub struct Wish {
     pub stop: bool,
     /// To be in this state from now on; whoever wants it waits for [`Control::is`].
     pub state: Option<State>,
+    /// To write a snapshot to this folder; whoever wants it waits for [`Control::answer`].
+    pub snapshot: Option<PathBuf>,
 }
 
 impl Control {
@@ -83,6 +86,11 @@ impl Control {
     }
 
     /// What the machine runs.
+    pub fn guest(&self) -> &str {
+        &self.info.guest
+    }
+
+    /// Says what the machine runs.
     pub fn describe(&mut self, guest: &str) {
         guest.clone_into(&mut self.info.guest);
     }
@@ -116,6 +124,10 @@ impl Control {
             Request::Balloon { size } => Some(aim(balloon.as_deref(), size, info.memory)),
             Request::Pause {} => be(State::Paused, info, wish),
             Request::Resume {} => be(State::Running, info, wish),
+            Request::Snapshot { path } => {
+                wish.snapshot = Some(path);
+                None
+            }
             _ => Some(answer(request, info, telling, wish)),
         })?;
         Ok(std::mem::take(wish))
@@ -132,7 +144,8 @@ impl Control {
         self.answer(&Err("the machine has ended".into()));
     }
 
-    fn answer(&mut self, answer: &Answer) {
+    /// What became of the request that was carried out.
+    pub fn answer(&mut self, answer: &Answer) {
         self.server.iter_mut().for_each(|server| server.answer(answer));
     }
 
@@ -190,7 +203,9 @@ fn answer(request: Request, info: &Info, telling: &Telling, wish: &mut Wish) -> 
             wish.stop = true;
             return Ok("null".into());
         }
-        (Request::Balloon { .. } | Request::Pause {} | Request::Resume {}, _) => return Err("answered before".into()),
+        (Request::Balloon { .. } | Request::Pause {} | Request::Resume {} | Request::Snapshot { .. }, _) => {
+            return Err("answered before".into());
+        }
         (Request::Stats { start: false }, None) => {
             return Err("this machine keeps no statistics; start it with --stats".into());
         }

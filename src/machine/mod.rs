@@ -5,6 +5,7 @@
 
 mod control;
 mod port;
+mod saved;
 mod streams;
 mod telling;
 mod wait;
@@ -37,6 +38,7 @@ use crate::host::sys;
 use crate::load::{self, Format, Guest};
 use crate::memory::Memory;
 use crate::report::{self, Scene};
+use crate::snapshot::Snapshot;
 use crate::stats::{Halts, Recorder};
 use crate::trace::{self, Filter, Last, LastExits, Off, Print, Recent, Record, Recording, Symbols};
 use crate::vcpu::{Flag, PANICKED, Stop, Vcpu, run_loop};
@@ -253,11 +255,49 @@ pub struct Ended {
     pub machine: Machine<Paused>,
 }
 
+/// How a machine begins.
+enum Start<'a> {
+    /// With this guest.
+    Boot(&'a Guest),
+    /// As it was when this was written.
+    Restore(&'a Snapshot),
+}
+
 /// Runs a guest to its end and says how it ended; the whole of `bantam run`.
 ///
 /// # Errors
 /// The machine cannot be built or run.
 pub fn run(config: &Config, guest: &Guest) -> Result<Ended> {
+    live(config, &Start::Boot(guest))
+}
+
+/// Goes on with a machine where its snapshot was written, to its end; the whole of `bantam restore`. A machine that resets
+/// then has ended, since what it began with is not known.
+///
+/// # Errors
+/// The machine cannot be built or run, or the snapshot is not as it was written.
+pub fn restore(config: &Config, snapshot: &Snapshot) -> Result<Ended> {
+    live(config, &Start::Restore(snapshot))
+}
+
+impl Start<'_> {
+    fn guest(&self) -> Option<&Guest> {
+        match self {
+            Self::Boot(guest) => Some(guest),
+            Self::Restore(_) => None,
+        }
+    }
+
+    /// What the machine runs, in a word.
+    fn name(&self) -> &str {
+        match self {
+            Self::Boot(guest) => guest.image.name(),
+            Self::Restore(snapshot) => &snapshot.manifest.guest,
+        }
+    }
+}
+
+fn live(config: &Config, start: &Start) -> Result<Ended> {
     // The trace's clock starts here.
     let _ = crate::trace::now();
     if let Some(format) = config.explain {
@@ -265,17 +305,24 @@ pub fn run(config: &Config, guest: &Guest) -> Result<Ended> {
     }
     let mut streams = Streams::open(config)?;
     let named = config.trace.is_some() || config.symbols.is_some() || keeps_last(config);
-    let life = Life::new(config, if named { load::symbols(config, guest)? } else { Symbols::default() });
+    let life = Life::new(config, if named { load::symbols(config, start.guest())? } else { Symbols::default() });
     life.telling.check()?;
     Watchdog::check(config)?;
     if streams.records() {
         explain::record();
     }
-    streams.control.describe(guest.image.name());
+    streams.control.describe(start.name());
     let mut told: Option<Instant> = None;
     loop {
         let mut machine = build(config, &streams)?;
-        machine.boot(guest)?;
+        match start {
+            Start::Boot(guest) => machine.boot(guest)?,
+            Start::Restore(snapshot) => {
+                machine.load(snapshot)?;
+                // A guest that waits for input asked for it in its former life; nobody else is at the device yet.
+                let _ = machine.board.buses.service(machine.board.serial);
+            }
+        }
         let (machine, mut end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
         if config.reboot && end.is_reset() && life.is_spent() {
             end = End::Guest(0, Stop::MaxExits);
@@ -284,7 +331,7 @@ pub fn run(config: &Config, guest: &Guest) -> Result<Ended> {
         if config.reboot && end.is_reset() && life.stopping.is_on() {
             end = End::Signal(sys::SIGTERM);
         }
-        let again = config.reboot && end.is_reset();
+        let again = config.reboot && end.is_reset() && start.guest().is_some();
         if !again {
             crate::host::terminal::restore();
         }
@@ -292,7 +339,7 @@ pub fn run(config: &Config, guest: &Guest) -> Result<Ended> {
         let quiet = again && (!end.is_shutdown() || told.is_some_and(|at| at.elapsed() < REPORT_PAUSE));
         if !quiet {
             machine.tell(&end, &life, &streams);
-            if matches!(guest.format, Format::Linux(_)) && end.is_not_emulated() {
+            if start.guest().is_some_and(|guest| matches!(guest.format, Format::Linux(_))) && end.is_not_emulated() {
                 say(NO_LINUX);
             }
             told = Some(Instant::now());

@@ -4,6 +4,7 @@
 //! terminal or a pipe does.
 
 use std::cell::Cell;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -159,14 +160,16 @@ impl Machine<Running> {
         if wish.stop && self.stops(&life.stopping) {
             return Some(Served::End(End::Signal(sys::SIGTERM)));
         }
-        if wish.state == Some(State::Paused) {
-            // It goes on with whoever is to count.
-            if wish.count {
-                life.telling.start();
-            }
-            return Some(Served::Pause);
+        let stops = match (wish.state, wish.snapshot) {
+            (Some(State::Paused), _) => Served::Pause,
+            (_, Some(path)) => Served::Snapshot(path),
+            _ => return wish.count.then_some(Served::Count),
+        };
+        // It goes on with whoever is to count.
+        if wish.count {
+            life.telling.start();
         }
-        wish.count.then_some(Served::Count)
+        Some(stops)
     }
 
     /// Whether the machine ends now that someone wants it to. The first time its power button is pressed, if the guest may
@@ -225,6 +228,7 @@ impl Machine<Paused> {
                 streams.control.is(State::Paused);
                 return self.stand(readiness, life, streams);
             }
+            Served::Snapshot(path) => self.snapshot(&path, streams),
             Served::End(end) => {
                 let goes_on = board::can_wake(&self.board, &self.state.vcpus, &self.memory)?;
                 return Ok((!goes_on).then_some(end));
@@ -252,6 +256,9 @@ impl Machine<Paused> {
             }
             if asked.count {
                 life.telling.start();
+            }
+            if let Some(path) = &asked.snapshot {
+                self.snapshot(path, streams);
             }
             let wish = streams.serve(readiness, &ready)?;
             typed |= wish.input;
@@ -299,6 +306,8 @@ enum Served {
     Count,
     /// Somebody wants the machine to stand still.
     Pause,
+    /// A snapshot is to be written.
+    Snapshot(PathBuf),
     /// The process was stopped for a while: the CPUs stop once more, and are told.
     Continued,
     /// `ctrl-a r`: the CPUs stop, a report shows them, and they go on.

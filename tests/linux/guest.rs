@@ -90,6 +90,17 @@ impl Guest {
         let mut command = Command::new(common::program());
         command.arg("run").arg(kernel).arg("--initrd").arg(initrd).args(words.split_whitespace());
         command.args(["--cmdline", cmdline]);
+        Self::spawn(command)
+    }
+
+    /// Goes on where a snapshot was written.
+    pub fn restore(folder: &Path) -> Self {
+        let mut command = Command::new(common::program());
+        command.arg("restore").arg(folder);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let (start, mut child) = (Instant::now(), command.spawn().unwrap());
         let (keys, mut out) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());

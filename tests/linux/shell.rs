@@ -1,6 +1,8 @@
 //! A Linux guest whose shell one types at.
 #![allow(dead_code)]
 
+use std::path::Path;
+
 use crate::common;
 use crate::guest::{Guest, Told, linux};
 
@@ -23,6 +25,11 @@ impl Shell {
             shell.run(&format!("insmod {module}.ko"));
         }
         Some(shell)
+    }
+
+    /// One that waits at its shell in a snapshot of a machine.
+    pub fn restore(folder: &Path) -> Self {
+        Self { guest: Guest::restore(folder), asked: 0 }
     }
 
     /// What a command prints.

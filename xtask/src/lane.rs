@@ -34,7 +34,7 @@ const PROPERTY_CASES: u32 = 32;
 const FOLDER: &str = "tests";
 
 /// The files under tests/ whose guests are stock kernels.
-const NEED_KERNELS: [&str; 4] = ["disk", "linux", "net", "virtio"];
+const NEED_KERNELS: [&str; 5] = ["disk", "linux", "net", "snapshot", "virtio"];
 
 /// What a soak tells its test, also the one in a host.
 const SOAK: [&str; 2] = ["BANTAM_SOAK_SEED", "BANTAM_SOAK_COUNT"];

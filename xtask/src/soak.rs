@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 9] = [
+const JOBS: [Job; 10] = [
     Job {
         name: "loaders",
         count: 10_000_000,
@@ -66,6 +66,13 @@ const JOBS: [Job; 9] = [
     // Streams of 4 MiB each way: 1 GiB in all.
     Job { name: "tap", count: 256, chunk: 16, sample: false, command: &hosted("x86_64", STREAMS) },
     Job { name: "power", count: 500, chunk: 10, sample: false, command: &hosted("x86_64", KILLS) },
+    Job {
+        name: "snapshot-kills",
+        count: 1000,
+        chunk: 20,
+        sample: false,
+        command: &["cargo", "test", "--release", "--test", "snapshot", "p24_"],
+    },
     Job {
         name: "console",
         count: 3,

@@ -8,6 +8,7 @@ mod features;
 pub mod layout;
 mod paging;
 mod registers;
+mod saved;
 mod state;
 mod story;
 
@@ -16,6 +17,7 @@ pub use entry::{elf_mode, enter, enter_linux, flat_load, linear_entry};
 pub use features::{FEATURES, check_page_size, host_facts};
 pub use layout::{layout, vm_type};
 pub use registers::{mpidr, set_register};
+pub use saved::{SavedCpu, SavedVm, load_cpu, load_vm, save_cpu, save_vm};
 pub use state::{CpuState, Waiting, halted_for_good, lost, pc, rests, seen, show_pc, trapped, waiting, was_stopped};
 
 use crate::config::{CpuMode, IrqChip, Platform};

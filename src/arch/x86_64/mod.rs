@@ -11,6 +11,7 @@ mod flags;
 pub mod layout;
 mod msrs;
 mod registers;
+mod saved;
 mod state;
 mod story;
 mod walk;
@@ -22,6 +23,7 @@ pub use features::{FEATURES, check_page_size, host_facts};
 pub use layout::{layout, vm_type};
 pub use msrs::as_firmware_leaves_it;
 pub use registers::set_register;
+pub use saved::{SavedCpu, SavedVm, load_cpu, load_vm, save_cpu, save_vm};
 pub use state::{CpuState, halted_for_good, lost, pc, rests, seen, show_pc, trapped, was_stopped};
 
 use crate::config::{CpuMode, IrqChip, Platform};

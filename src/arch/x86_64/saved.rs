@@ -1,0 +1,251 @@
+//! The whole state of a CPU, and of what KVM emulates besides CPUs, read and set: what a snapshot holds of KVM.
+//!
+//! Most of it are structures of the KVM API that nobody here looks into, so they are lists of 32-bit words under their names;
+//! model-specific registers are pairs. Invariants: what was read is set in an order in which nothing changes what was set
+//! before: the local APIC before its timer's deadline, the time-stamp counter before that, a CPU's events last of all that is
+//! its own. And the guest's clocks are read and set in one go, in one order: one that was read a millisecond after the
+//! other would be a millisecond off for ever.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use anyhow::{Context, Result, bail};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+use crate::config::IrqChip;
+use crate::error::refuse;
+use crate::host::sys::state::{ask, reads, size_of_request, writes};
+
+/// IA32_TIME_STAMP_COUNTER, IA32_TSC_DEADLINE (SDM vol. 4), in the order in which they are set.
+const TIMES: [u32; 2] = [0x10, 0x6e0];
+
+/// A structure of the KVM API: its name, and the requests that read and set it.
+struct Part {
+    name: &'static str,
+    read: u64,
+    set: u64,
+}
+
+const fn part<T>(name: &'static str, read: u64, set: u64) -> Part {
+    Part { name, read: reads(read, size_of::<T>()), set: writes(set, size_of::<T>()) }
+}
+
+/// Those of a CPU in the order in which they are set; model-specific registers come before the last.
+const CPU: [Part; 8] = [
+    part::<kvm_mp_state>("mp-state", 0x98, 0x99),
+    part::<kvm_regs>("regs", 0x81, 0x82),
+    part::<kvm_sregs>("sregs", 0x83, 0x84),
+    part::<kvm_xsave>("xsave", 0xa4, 0xa5),
+    part::<kvm_xcrs>("xcrs", 0xa6, 0xa7),
+    part::<kvm_debugregs>("debugregs", 0xa1, 0xa2),
+    LAPIC,
+    EVENTS,
+];
+const LAPIC: Part = part::<kvm_lapic_state>("lapic", 0x8e, 0x8f);
+const EVENTS: Part = part::<kvm_vcpu_events>("events", 0x9f, 0xa0);
+
+/// KVM_GET_IRQCHIP is `_IOWR`, and KVM_SET_IRQCHIP `_IOR`, though it sets.
+const IRQCHIP: Part = Part { name: "irqchip", read: writes(0x62, SIZE) | reads(0x62, SIZE), set: reads(0x63, SIZE) };
+const SIZE: usize = size_of::<kvm_irqchip>();
+/// Two 8259A and the I/O APIC.
+const IRQCHIPS: [&str; 3] = ["pic-master", "pic-slave", "ioapic"];
+const PIT: Part = part::<kvm_pit_state2>("pit", 0x9f, 0xa0);
+const CLOCK: Part = part::<kvm_clock_data>("clock", 0x7c, 0x7b);
+
+/// A structure's content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Words {
+    name: String,
+    words: Vec<u32>,
+}
+
+/// A CPU's state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedCpu {
+    /// How fast its time-stamp counter runs, where KVM says so.
+    tsc_khz: Option<u32>,
+    /// function, index, flags, eax, ebx, ecx, edx
+    cpuid: Vec<[u32; 7]>,
+    parts: Vec<Words>,
+    msrs: Registers,
+}
+
+/// Model-specific registers: number and value.
+type Registers = Vec<(u32, u64)>;
+
+/// The state of what KVM emulates besides CPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedVm {
+    parts: Vec<Words>,
+    /// The time-stamp counter of each CPU and what depends on it.
+    times: Vec<Registers>,
+    clock: Words,
+}
+
+/// Reads a structure; its first word says which of several is meant, where there are several.
+fn read(fd: &impl AsRawFd, part: &Part, name: &str, which: u32) -> Result<Words> {
+    let mut bytes = vec![0; size_of_request(part.read)];
+    bytes.iter_mut().zip(which.to_le_bytes()).for_each(|(byte, from)| *byte = from);
+    ask(fd, part.read, &mut bytes).with_context(|| format!("reading {name} from KVM"))?;
+    let words = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    Ok(Words { name: name.into(), words })
+}
+
+fn set(fd: &impl AsRawFd, part: &Part, saved: &Words) -> Result<()> {
+    let mut bytes: Vec<u8> = saved.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    ask(fd, part.set, &mut bytes).with_context(|| format!("giving KVM {}", saved.name))
+}
+
+/// Reads a CPU's state; its last exit was completed.
+///
+/// # Errors
+/// KVM refuses, or it has more state than is known here.
+pub fn save_cpu(kvm: &Kvm, fd: &VcpuFd, irqchip: Option<IrqChip>) -> Result<SavedCpu> {
+    if kvm.check_extension_int(Cap::Xsave2) > size_of::<kvm_xsave>() as i32 {
+        return Err(refuse("this host's CPUs have more registers than a snapshot holds (KVM_CAP_XSAVE2)").into());
+    }
+    let there = |part: &&Part| part.name != LAPIC.name || irqchip != Some(IrqChip::None);
+    let parts = CPU.iter().filter(there).map(|part| read(fd, part, part.name, 0)).collect::<Result<_>>()?;
+    let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(io::Error::from).context("KVM_GET_CPUID2")?;
+    let leaf = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
+    Ok(SavedCpu {
+        tsc_khz: fd.get_tsc_khz().ok(),
+        cpuid: cpuid.as_slice().iter().map(leaf).collect(),
+        parts,
+        msrs: {
+            let list = kvm.get_msr_index_list().map_err(io::Error::from).context("KVM_GET_MSR_INDEX_LIST")?;
+            let of_a_cpu: Vec<_> = list.as_slice().iter().copied().filter(|index| !TIMES.contains(index)).collect();
+            msrs(fd, &of_a_cpu)?
+        },
+    })
+}
+
+/// Those of the model-specific registers `rest` that KVM gives.
+fn msrs(fd: &VcpuFd, mut rest: &[u32]) -> Result<Registers> {
+    let mut known = Vec::new();
+    while !rest.is_empty() {
+        let entries: Vec<_> = rest.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+        let mut asked = Msrs::from_entries(&entries).context("too many MSRs")?;
+        let count = fd.get_msrs(&mut asked).map_err(io::Error::from).context("KVM_GET_MSRS")?;
+        known.extend(asked.as_slice().iter().take(count).map(|entry| (entry.index, entry.data)));
+        // It stops at the first that it does not give.
+        rest = rest.get(count + 1..).unwrap_or_default();
+    }
+    Ok(known)
+}
+
+/// Sets a CPU's state, which has not run yet.
+///
+/// # Errors
+/// KVM refuses, or the state is not one of this version's.
+pub fn load_cpu(fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
+    let SavedCpu { tsc_khz, cpuid, parts, msrs } = saved;
+    if let Some(khz) = tsc_khz
+        && fd.get_tsc_khz().ok() != Some(*khz)
+    {
+        fd.set_tsc_khz(*khz).map_err(|e| {
+            refuse(format!("this host cannot let a time-stamp counter run at {khz} kHz: {}", io::Error::from(e)))
+        })?;
+    }
+    if !cpuid.is_empty() {
+        let entry = |[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
+            function: *function,
+            index: *index,
+            flags: *flags,
+            eax: *eax,
+            ebx: *ebx,
+            ecx: *ecx,
+            edx: *edx,
+            ..Default::default()
+        };
+        let entries: Vec<_> = cpuid.iter().map(entry).collect();
+        let entries = CpuId::from_entries(&entries).context("too many CPUID leaves")?;
+        fd.set_cpuid2(&entries).map_err(io::Error::from).context("KVM_SET_CPUID2")?;
+    }
+    let mut left: Vec<&Words> = parts.iter().collect();
+    for part in &CPU {
+        if part.name == EVENTS.name {
+            set_msrs(fd, msrs)?;
+        }
+        let Some(at) = left.iter().position(|words| words.name == part.name) else {
+            if part.name == LAPIC.name {
+                continue;
+            }
+            bail!("a CPU's saved state has no {}", part.name);
+        };
+        set(fd, part, left.remove(at))?;
+    }
+    match left.first() {
+        Some(words) => bail!("a CPU's saved state has {:?}, which nobody knows", words.name),
+        None => Ok(()),
+    }
+}
+
+fn set_msrs(fd: &VcpuFd, msrs: &[(u32, u64)]) -> Result<()> {
+    let entry = |(index, data): &(u32, u64)| kvm_msr_entry { index: *index, data: *data, ..Default::default() };
+    let mut rest = msrs;
+    while let Some((refused, data)) = {
+        let entries: Vec<_> = rest.iter().map(entry).collect();
+        let given = Msrs::from_entries(&entries).context("too many MSRs")?;
+        let count = fd.set_msrs(&given).map_err(io::Error::from).context("KVM_SET_MSRS")?;
+        let refused = rest.get(count).copied();
+        rest = rest.get(count + 1..).unwrap_or_default();
+        refused
+    } {
+        // Some can only be read; what is there is as good.
+        let mut now = Msrs::from_entries(&[entry(&(refused, 0))]).context("one MSR")?;
+        let known = fd.get_msrs(&mut now).is_ok_and(|count| count == 1);
+        if !known || now.as_slice().first().is_none_or(|entry| entry.data != data) {
+            bail!("KVM does not take {data:#x} for the model-specific register {refused:#x}");
+        }
+    }
+    Ok(())
+}
+
+/// Reads the state of what KVM emulates besides CPUs.
+///
+/// # Errors
+/// KVM refuses.
+pub fn save_vm(fd: &VmFd, cpus: &[&VcpuFd], irqchip: Option<IrqChip>) -> Result<SavedVm> {
+    let mut parts = Vec::new();
+    if irqchip == Some(IrqChip::Kernel) {
+        for (which, name) in (0..).zip(IRQCHIPS) {
+            parts.push(read(fd, &IRQCHIP, name, which)?);
+        }
+        parts.push(read(fd, &PIT, PIT.name, 0)?);
+    }
+    let times = cpus.iter().map(|cpu| msrs(cpu, &TIMES)).collect::<Result<_>>()?;
+    let mut clock = read(fd, &CLOCK, CLOCK.name, 0)?;
+    // The time alone: what KVM says besides is of this moment and this host, and no input of the other call.
+    clock.words.iter_mut().skip(2).for_each(|word| *word = 0);
+    Ok(SavedVm { parts, times, clock })
+}
+
+/// Sets that state, of a machine of the same kind whose CPUs have theirs.
+///
+/// # Errors
+/// KVM refuses, or the state is not one of this version's.
+pub fn load_vm(fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm) -> Result<()> {
+    let SavedVm { parts, times, clock } = saved;
+    for words in parts {
+        let part = match words.name.as_str() {
+            name if IRQCHIPS.contains(&name) => &IRQCHIP,
+            name if name == PIT.name => &PIT,
+            name => bail!("a machine's saved state has {name:?}, which nobody knows"),
+        };
+        set(fd, part, words)?;
+    }
+    if times.len() != cpus.len() {
+        bail!("the saved state has the times of {} CPUs", times.len());
+    }
+    cpus.iter().zip(times).try_for_each(|(cpu, times)| set_msrs(cpu, times))?;
+    set(fd, &CLOCK, clock)
+}

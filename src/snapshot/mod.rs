@@ -1,0 +1,345 @@
+//! A machine as a folder: `manifest.json` says what it is, `state.json` what its CPUs and devices hold, `memory.bin` what its
+//! RAM does (sparse).
+//!
+//! Invariants: the folder has its name once all that is in it is on the disk, and never changes afterwards; everything that
+//! is read back is checked against a sum first, the manifest against `manifest.xxh64`.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use serde::{Deserialize, Serialize};
+use twox_hash::XxHash64;
+
+use crate::arch::{self, SavedCpu, SavedVm};
+use crate::bus::Saved;
+use crate::config::{Config, Size};
+use crate::error::{Refusal, refuse};
+use crate::host::say::printable;
+use crate::memory::{Memory, Span};
+
+/// The version of all that is written here.
+const FORMAT: u32 = 1;
+/// Bytes of RAM with a sum of their own.
+const BLOCK: u64 = 64 << 10;
+/// The largest manifest, and the largest state.
+const MOST: u64 = 256 << 20;
+
+const MANIFEST: &str = "manifest.json";
+const MANIFEST_SUM: &str = "manifest.xxh64";
+const STATE: &str = "state.json";
+const MEMORY: &str = "memory.bin";
+
+/// What a machine holds besides its RAM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// In the order of their numbers.
+    pub cpus: Vec<SavedCpu>,
+    /// What KVM emulates besides.
+    pub kvm: SavedVm,
+    /// In the order in which the board makes them: the name and the state of each.
+    pub devices: Vec<(String, Saved)>,
+}
+
+/// How many bytes, and their xxHash64 in hexadecimal digits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sum {
+    bytes: u64,
+    xxh64: String,
+}
+
+/// RAM: all mappings in the order of their addresses, one behind the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ram {
+    bytes: u64,
+    /// The number and the sum of each block that is not all zeroes.
+    blocks: Vec<(u64, String)>,
+}
+
+/// What a snapshot is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    format: u32,
+    bantam: String,
+    architecture: String,
+    /// What the machine ran.
+    pub guest: String,
+    /// The machine.
+    pub config: Config,
+    state: Sum,
+    memory: Ram,
+}
+
+/// A snapshot that was opened: its manifest and its state are whole.
+pub struct Snapshot {
+    /// What it is.
+    pub manifest: Manifest,
+    /// What its CPUs and devices hold.
+    pub state: State,
+    path: PathBuf,
+    memory: File,
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Written {
+    /// Bytes of RAM that are not zeroes, in whole blocks.
+    pub memory: u64,
+}
+
+fn sum(bytes: &[u8]) -> String {
+    format!("{:016x}", XxHash64::oneshot(0, bytes))
+}
+
+fn make(path: &Path) -> Result<File> {
+    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
+    file.with_context(|| format!("cannot make {}", path.display()))
+}
+
+fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = make(path)?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Where a snapshot is while it is not complete.
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}
+
+/// Writes a machine that stands still to a folder that is not there yet.
+///
+/// # Errors
+/// The folder is there, or the host cannot write it; nothing is left behind then.
+pub fn write(path: &Path, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
+    if path.symlink_metadata().is_ok() {
+        let why = format!("{} is there already, and a snapshot never changes", path.display());
+        return Err(refuse(why).hint("name a folder that is not there").into());
+    }
+    let folder = partial(path);
+    let _own = begin(&folder)?;
+    let written = fill(&folder, guest, config, state, memory).and_then(|written| {
+        // Not over one that has come in the meantime.
+        renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
+            .with_context(|| format!("giving {} its name", path.display()))?;
+        let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(above).and_then(|above| above.sync_all()).with_context(|| above.display().to_string())?;
+        Ok(written)
+    });
+    if written.is_err() {
+        let _ = clear(&folder);
+    }
+    written
+}
+
+/// Makes the folder of a snapshot that is not complete, in the place of one whose writer was killed. It is this writer's as
+/// long as what it gives is open.
+fn begin(folder: &Path) -> Result<File> {
+    let what = || format!("cannot make {}", folder.display());
+    let make = || std::fs::DirBuilder::new().mode(0o700).create(folder);
+    let held = |file: &File| flock(file, FlockOperation::NonBlockingLockExclusive);
+    match make() {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            let old = File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder);
+            let old = old.with_context(what)?;
+            if held(&old).is_err() {
+                return Err(refuse(format!("{} is being written by another", folder.display())).into());
+            }
+            clear(folder)
+                .with_context(|| format!("{} is there, and not all in it is a snapshot's", folder.display()))?;
+            make().with_context(what)?;
+        }
+        made => made.with_context(what)?,
+    }
+    let own = File::open(folder).with_context(what)?;
+    held(&own).with_context(what)?;
+    Ok(own)
+}
+
+/// Removes a snapshot that is not complete, and nothing else.
+fn clear(folder: &Path) -> std::io::Result<()> {
+    for name in [MEMORY, STATE, MANIFEST, MANIFEST_SUM] {
+        match std::fs::remove_file(folder.join(name)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+    }
+    std::fs::remove_dir(folder)
+}
+
+fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
+    let ram = pour(&folder.join(MEMORY), memory)?;
+    let state = serde_json::to_vec(state)?;
+    put(&folder.join(STATE), &state)?;
+    let manifest = Manifest {
+        format: FORMAT,
+        bantam: env!("CARGO_PKG_VERSION").into(),
+        architecture: arch::NAME.into(),
+        guest: guest.into(),
+        config: config.clone(),
+        state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
+        memory: ram,
+    };
+    let written = Written { memory: manifest.memory.blocks.len() as u64 * BLOCK };
+    let manifest = serde_json::to_vec_pretty(&manifest)?;
+    put(&folder.join(MANIFEST), &manifest)?;
+    put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes())?;
+    File::open(folder).and_then(|folder| folder.sync_all()).with_context(|| folder.display().to_string())?;
+    Ok(written)
+}
+
+/// Writes RAM, but for what is all zeroes.
+fn pour(path: &Path, memory: &Memory) -> Result<Ram> {
+    let file = make(path)?;
+    let (mut start, mut blocks) = (0u64, Vec::new());
+    let mut bytes = vec![0; BLOCK as usize];
+    for slot in memory.slots() {
+        // Two parts may lie in one block.
+        let mut next = 0;
+        for part in memory.touched(slot.span) {
+            let (first, end) = (part.start - slot.span.start, part.last() - slot.span.start);
+            for block in next.max(first / BLOCK)..=end / BLOCK {
+                let size = BLOCK.min(slot.span.size - block * BLOCK);
+                let place = bytes.get_mut(..size as usize).unwrap_or_default();
+                memory.read(slot.span.start + block * BLOCK, place)?;
+                if place.iter().any(|byte| *byte != 0) {
+                    let at = start + block * BLOCK;
+                    file.write_all_at(place, at).with_context(|| format!("writing {}", path.display()))?;
+                    blocks.push((at / BLOCK, sum(place)));
+                }
+            }
+            next = end / BLOCK + 1;
+        }
+        start += slot.span.size.next_multiple_of(BLOCK);
+    }
+    file.set_len(start).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))?;
+    Ok(Ram { bytes: start, blocks })
+}
+
+/// Reads a whole file of a snapshot.
+fn take(path: &Path) -> Result<Vec<u8>> {
+    let file = File::open(path).map_err(|e| broken(path, &e.to_string()))?;
+    let mut bytes = Vec::new();
+    let read = file.take(MOST + 1).read_to_end(&mut bytes);
+    read.with_context(|| path.display().to_string())?;
+    if bytes.len() as u64 > MOST {
+        return Err(broken(path, "it is too large").into());
+    }
+    Ok(bytes)
+}
+
+fn broken(path: &Path, why: &str) -> Refusal {
+    refuse(format!("{}: {why}", path.display()))
+}
+
+impl Manifest {
+    /// Reads a manifest, and checks that it is one for this program.
+    ///
+    /// # Errors
+    /// It is missing, not complete, changed, or of another version or architecture.
+    pub fn open(folder: &Path) -> Result<Self> {
+        if folder.extension().is_some_and(|e| e == "partial") {
+            return Err(broken(folder, "a snapshot that was never completed").into());
+        }
+        let path = folder.join(MANIFEST);
+        if !path.exists() {
+            return Err(broken(folder, &format!("no snapshot: there is no {MANIFEST} in it")).into());
+        }
+        let bytes = take(&path)?;
+        if take(&folder.join(MANIFEST_SUM))? != sum(&bytes).as_bytes() {
+            return Err(broken(&path, "it is not as it was written (its sum is another)").into());
+        }
+        #[derive(Deserialize)]
+        struct Format {
+            format: u32,
+        }
+        let Format { format } = serde_json::from_slice(&bytes).map_err(|e| broken(&path, &e.to_string()))?;
+        if format != FORMAT {
+            let why = format!("it has format {format}; this Bantam knows format {FORMAT}");
+            return Err(broken(&path, &why).into());
+        }
+        let manifest: Self = serde_json::from_slice(&bytes).map_err(|e| broken(&path, &e.to_string()))?;
+        if manifest.architecture != arch::NAME {
+            let why = format!("a machine of {}; this host is {}", manifest.architecture, arch::NAME);
+            return Err(broken(&path, &why).into());
+        }
+        Ok(manifest)
+    }
+}
+
+impl std::fmt::Display for Manifest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { bantam, architecture, guest, config, memory, .. } = self;
+        writeln!(f, "snapshot: of an {architecture} machine, format {FORMAT}, by Bantam {bantam}")?;
+        writeln!(f, "guest: {}", printable(guest).replace('\n', "\\n"))?;
+        writeln!(f, "machine: {} CPUs, {} of RAM", config.cpus.count(), config.memory)?;
+        writeln!(f, "memory: {} that are not zeroes", Size(memory.blocks.len() as u64 * BLOCK))
+    }
+}
+
+impl Snapshot {
+    /// Opens a snapshot.
+    ///
+    /// # Errors
+    /// It is not complete, or not as it was written; the file that is not is named.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let manifest = Manifest::open(folder)?;
+        let path = folder.join(STATE);
+        let bytes = take(&path)?;
+        if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != manifest.state {
+            return Err(broken(&path, "it is not as it was written (its sum is another)").into());
+        }
+        let state = serde_json::from_slice(&bytes).map_err(|e| broken(&path, &e.to_string()))?;
+        let path = folder.join(MEMORY);
+        let memory = File::open(&path).map_err(|e| broken(&path, &e.to_string()))?;
+        let size = memory.metadata().with_context(|| path.display().to_string())?.len();
+        if size != manifest.memory.bytes {
+            let why = format!("it has {size} bytes and was written with {}", manifest.memory.bytes);
+            return Err(broken(&path, &why).into());
+        }
+        Ok(Self { manifest, state, path, memory })
+    }
+
+    /// Puts its RAM into that of a machine of the same kind, which is all zeroes; each block is checked before.
+    ///
+    /// # Errors
+    /// The file is not as it was written, or the machine is another.
+    pub fn fill(&self, memory: &Memory) -> Result<()> {
+        let mut bytes = vec![0; BLOCK as usize];
+        let mut slots = memory.slots().into_iter().map(|slot| slot.span);
+        let (mut slot, mut start) = (slots.next(), 0u64);
+        let mut before = None;
+        for (block, xxh64) in &self.manifest.memory.blocks {
+            let at = block.checked_mul(BLOCK).filter(|_| before.is_none_or(|before| before < *block));
+            let at = at.context("the blocks of RAM are not in their order")?;
+            before = Some(*block);
+            while let Some(span) = slot
+                && at - start >= span.size.next_multiple_of(BLOCK)
+            {
+                start += span.size.next_multiple_of(BLOCK);
+                slot = slots.next();
+            }
+            let Some(Span { start: first, size }) = slot else { bail!("there is RAM that the machine has not") };
+            let place = bytes.get_mut(..BLOCK.min(size - (at - start)) as usize).unwrap_or_default();
+            let read = self.memory.read_exact_at(place, at);
+            read.with_context(|| format!("reading {}", self.path.display()))?;
+            if sum(place) != *xxh64 {
+                let why = format!("the {} bytes at {at:#x} are not as they were written", place.len());
+                return Err(broken(&self.path, &why).into());
+            }
+            memory.write(first + (at - start), place)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,175 @@
+use super::*;
+use crate::config::Switch;
+
+const PAGE: u64 = 0x1000;
+
+/// RAM of three mappings, some of it written.
+fn ram() -> Memory {
+    let spans = [(0, 16 * BLOCK), (1 << 24, PAGE), (1 << 32, 3 * BLOCK + PAGE)];
+    Memory::new(&spans.map(|(start, size)| Span { start, size }), false).unwrap()
+}
+
+fn written() -> Memory {
+    let memory = ram();
+    for at in [0, 5 * BLOCK - 2, 16 * BLOCK - 1, (1 << 24) + 7, (1 << 32) + 3 * BLOCK + PAGE - 1] {
+        memory.write(at, &[at as u8 | 1]).unwrap();
+    }
+    memory.write(5 * BLOCK - 2, &[1, 2, 3, 4]).unwrap();
+    // Touched, and all zeroes.
+    memory.write(9 * BLOCK, &[0]).unwrap();
+    memory
+}
+
+fn all(memory: &Memory) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for slot in memory.slots() {
+        let mut part = vec![0; slot.span.size as usize];
+        memory.read(slot.span.start, &mut part).unwrap();
+        bytes.extend(part);
+    }
+    bytes
+}
+
+fn state() -> State {
+    let text = if cfg!(target_arch = "x86_64") {
+        r#"{"cpus":[{"tsc_khz":null,"cpuid":[],"parts":[{"name":"regs","words":[1,2]}],"msrs":[[16,5]]}],"kvm":{"parts":[],"times":[],
+            "clock":{"name":"clock","words":[]}},
+            "devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
+    } else {
+        r#"{"cpus":[{}],"kvm":{},"devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
+    };
+    serde_json::from_str(text).unwrap()
+}
+
+/// A folder with a snapshot in it.
+fn snapshot() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("one");
+    let config = Config { rng: Some(Switch::On), ..Config::default() };
+    let Written { memory } = write(&path, "guest", &config, &state(), &written()).unwrap();
+    assert_eq!(memory, 6 * BLOCK);
+    (folder, path)
+}
+
+#[test]
+fn what_was_written_is_read() {
+    let (folder, path) = snapshot();
+    let names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["one"], "nothing else is left");
+    let snapshot = Snapshot::open(&path).unwrap();
+    assert_eq!((snapshot.state, snapshot.manifest.config.rng), (state(), Some(Switch::On)));
+    let memory = ram();
+    Snapshot::open(&path).unwrap().fill(&memory).unwrap();
+    assert!(all(&memory) == all(&written()));
+    let shown = snapshot.manifest.to_string();
+    assert!(shown.contains("guest: guest") && shown.contains("384K that are not zeroes"), "{shown}");
+    // Sparse: most of it is no block on the disk.
+    use std::os::unix::fs::MetadataExt;
+    let file = snapshot.memory.metadata().unwrap();
+    assert!(file.len() == 21 * BLOCK && file.blocks() * 512 < 10 * BLOCK, "{} {}", file.len(), file.blocks());
+}
+
+#[test]
+fn a_snapshot_never_changes_and_nothing_is_left_of_one_that_failed() {
+    let (folder, path) = snapshot();
+    let again = write(&path, "guest", &Config::default(), &state(), &written()).unwrap_err();
+    assert!(again.to_string().contains("is there already"), "{again}");
+    assert!(write(&folder.path().join("none/two"), "", &Config::default(), &state(), &ram()).is_err());
+    // One that was killed is no snapshot, and in nobody's way.
+    let half = folder.path().join("three.partial");
+    std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join(MEMORY), "x").unwrap();
+    assert!(Snapshot::open(&half).err().unwrap().to_string().contains("never completed"));
+    write(&folder.path().join("three"), "guest", &Config::default(), &state(), &written()).unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    // What somebody else has put there, or writes at this moment, is not touched.
+    let half = folder.path().join("four.partial");
+    std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join("thesis"), "x").unwrap();
+    let four = || write(&folder.path().join("four"), "guest", &Config::default(), &state(), &written()).unwrap_err();
+    assert!(four().to_string().contains("not all in it is a snapshot's"), "{:#}", four());
+    std::fs::remove_file(half.join("thesis")).unwrap();
+    let other = begin(&half).unwrap();
+    assert!(four().to_string().contains("is being written by another"), "{:#}", four());
+    drop(other);
+    std::fs::remove_dir(&half).unwrap();
+    std::os::unix::fs::symlink(folder.path(), &half).unwrap();
+    four();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
+}
+
+/// What opening it and filling RAM with it say.
+fn looked_at(path: &Path) -> Result<()> {
+    Snapshot::open(path)?.fill(&ram())
+}
+
+/// Every bit of the small files, and one of every 997 bytes of RAM.
+#[test]
+fn a_bit_that_has_changed_is_found() {
+    let (_folder, path) = snapshot();
+    let memory = Snapshot::open(&path).unwrap().manifest.memory;
+    for name in [MANIFEST, MANIFEST_SUM, STATE, MEMORY] {
+        let file = File::options().read(true).write(true).open(path.join(name)).unwrap();
+        let size = file.metadata().unwrap().len();
+        // Two mappings end within a block.
+        let there = |block: u64, at: u64| at / BLOCK == block && (at % BLOCK < PAGE || ![16, 20].contains(&block));
+        let counts = |at: &u64| name != MEMORY || memory.blocks.iter().any(|(block, _)| there(*block, *at));
+        for at in (0..size).step_by(if name == MEMORY { 997 } else { 1 }).filter(counts) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            for bit in if name == MEMORY { vec![at % 8] } else { vec![0, 3, 7] } {
+                file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
+                let told = looked_at(&path).err().map(|e| format!("{e:#}")).unwrap_or_default();
+                assert!(told.contains(name) || told.contains("manifest"), "{name}, byte {at}: {told:?}");
+            }
+            file.write_all_at(&byte, at).unwrap();
+        }
+    }
+    looked_at(&path).unwrap();
+}
+
+#[test]
+fn a_file_that_is_shorter_missing_or_another_is_found() {
+    let (_folder, path) = snapshot();
+    for name in [MANIFEST, MANIFEST_SUM, STATE, MEMORY] {
+        let bytes = std::fs::read(path.join(name)).unwrap();
+        for size in (0..bytes.len()).step_by((bytes.len() / 50).max(1)) {
+            std::fs::write(path.join(name), &bytes[..size]).unwrap();
+            assert!(looked_at(&path).is_err(), "{name} with {size} bytes");
+        }
+        std::fs::remove_file(path.join(name)).unwrap();
+        assert!(looked_at(&path).is_err(), "no {name}");
+        std::fs::write(path.join(name), [&bytes[..], b" "].concat()).unwrap();
+        assert!(looked_at(&path).is_err(), "{name} with a byte more");
+        std::fs::write(path.join(name), &bytes).unwrap();
+    }
+    looked_at(&path).unwrap();
+    std::fs::copy(path.join(STATE), path.join(MANIFEST)).unwrap();
+    assert!(looked_at(&path).is_err());
+}
+
+/// With sums that are right, as somebody makes them who wants to do harm.
+#[test]
+fn hostile_manifests_are_refused() {
+    let (_folder, path) = snapshot();
+    let good: serde_json::Value = serde_json::from_slice(&std::fs::read(path.join(MANIFEST)).unwrap()).unwrap();
+    let refused = |change: &dyn Fn(&mut serde_json::Value), why: &str| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        let bytes = serde_json::to_vec(&bad).unwrap();
+        std::fs::write(path.join(MANIFEST), &bytes).unwrap();
+        std::fs::write(path.join(MANIFEST_SUM), sum(&bytes)).unwrap();
+        let told = looked_at(&path).err().map(|e| format!("{e:#}")).unwrap_or_default();
+        assert!(told.contains(why), "{why}: {told:?}");
+    };
+    refused(&|m| m["format"] = 2.into(), "it has format 2; this Bantam knows format 1");
+    refused(&|m| m["architecture"] = "vax".into(), "a machine of vax; this host is");
+    refused(&|m| m["more"] = 1.into(), "unknown field `more`");
+    refused(&|m| m["config"]["memory"] = "much".into(), "");
+    refused(&|m| m["memory"]["bytes"] = 5.into(), "was written with 5");
+    refused(&|m| m["memory"]["blocks"][0][0] = u64::MAX.into(), "not in their order");
+    refused(&|m| m["memory"]["blocks"][5][0] = (1u64 << 40).into(), "RAM that the machine has not");
+    refused(&|m| m["memory"]["blocks"][1][0] = 0.into(), "not in their order");
+    let swap = |m: &mut serde_json::Value| m["memory"]["blocks"][0][1] = m["memory"]["blocks"][1][1].clone();
+    refused(&swap, "are not as they were written");
+}

@@ -1,0 +1,303 @@
+//! Snapshots of whole machines: written while they run, and gone on with.
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod common;
+#[path = "linux/guest.rs"]
+mod guest;
+#[path = "linux/shell.rs"]
+mod shell;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bantam::machine::{self, Streams};
+use bantam::snapshot::Snapshot;
+use common::{File, Outcome, Run, Started, bantam, file, kvm, skipped};
+use serde_json::Value;
+use shell::Shell;
+
+/// Machines of this architecture have snapshots.
+const THERE: bool = cfg!(target_arch = "x86_64");
+
+fn there() -> bool {
+    if !THERE {
+        skipped("snapshots of arm64 machines are not there yet; that they are refused was seen");
+    }
+    THERE && kvm()
+}
+
+/// A place for control sockets, outputs and snapshots.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn run(&self, words: &str) -> Run {
+        bantam(words).env("XDG_RUNTIME_DIR", self.0.path().to_str().unwrap())
+    }
+
+    fn tell(&self, words: &str) -> Outcome {
+        let outcome = self.run(words).run();
+        outcome.expect(0).said_nothing();
+        outcome
+    }
+
+    /// A machine called `one`, whose serial port writes to the file `out`.
+    fn machine(&self, guest: &File, words: &str) -> Started {
+        let serial = format!("--serial file:{}", self.path("out").display());
+        let words = format!("--name one --memory 16M --timeout 60 {serial} {words}");
+        let started = self.run("run").arg(guest.path()).words(&words).start();
+        grows(&self.path("out"), 0);
+        started
+    }
+
+    /// Writes a snapshot of a machine that is paused, so that all that it printed before is in its file.
+    fn snapshot(&self, name: &str) -> PathBuf {
+        let folder = self.path(name);
+        self.tell("pause one");
+        std::thread::sleep(common::within(0.1));
+        self.tell(&format!("snapshot one {}", folder.display()));
+        folder
+    }
+}
+
+#[track_caller]
+fn grows(path: &Path, from: usize) {
+    let until = Instant::now() + common::within(10.0);
+    while text(path).len() <= from {
+        assert!(Instant::now() < until, "{} stays at {from} bytes", path.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Counts in RAM, and prints the last three bits of it as a digit, again and again: 123456701…
+///
+/// `mov dx, 0x3f8; 1: inc word [0x2000]; mov al, [0x2000]; and al, 7; add al, '0'; out dx, al; jmp 1b`
+fn counts() -> File {
+    let x86: &[u8] =
+        &[0xba, 0xf8, 0x03, 0xff, 0x06, 0x00, 0x20, 0xa0, 0x00, 0x20, 0x24, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xf2];
+    // Elsewhere: prints, and does not count.
+    let arm64 = [0xd2a1_2001_u32, 0x3900_0020, 0x17ff_ffff].map(u32::to_le_bytes).concat();
+    file(if THERE { x86 } else { &arm64 })
+}
+
+/// What counts goes on counting behind the last digit of `before`.
+#[track_caller]
+fn goes_on(before: &str, after: &str) {
+    let digits: Vec<u32> = before.chars().rev().take(1).chain(after.chars()).map(|c| c.to_digit(8).unwrap()).collect();
+    assert!(digits.len() > 10, "{after}");
+    let wrong = digits.windows(2).position(|two| (two[0] + 1) % 8 != two[1]);
+    assert_eq!(wrong, None, "{after:.40}");
+}
+
+#[test]
+fn a_machine_goes_on_where_its_snapshot_was_written() {
+    if !there() {
+        return;
+    }
+    for words in ["", "--irqchip kernel --cpus 2", "--irqchip split", "--irqchip kernel --rng on"] {
+        let (place, guest) = (Place::new(), counts());
+        let started = place.machine(&guest, words);
+        let folder = place.snapshot("first");
+        let (out, before) = (place.path("out"), text(&place.path("out")));
+        place.tell("resume one");
+        grows(&out, before.len());
+        // A second one, of a machine that runs.
+        let told = place.tell(&format!("snapshot one {}", place.path("second").display()));
+        assert!(told.out().contains(" of RAM; the machine stood still for "), "{}", told.out());
+        place.tell("stop one");
+        started.wait().expect(143);
+        goes_on("0", &text(&out));
+        for (name, until) in [("first", 0.5), ("second", 0.3), ("first", 0.3)] {
+            let again = place.path("again");
+            let words = format!("--serial file:{} --timeout {}", again.display(), common::within(until).as_secs_f64());
+            place.run("restore").arg(place.path(name)).words(&words).run().expect(124);
+            let after = text(&again);
+            if name == "first" {
+                goes_on(&before, &after);
+            } else {
+                goes_on(&after[..1], &after[1..]);
+            }
+        }
+        let shown = place.run("inspect").arg(&folder).run().expect(0).out();
+        assert!(shown.starts_with("snapshot: of an x86-64 machine"), "{shown}");
+    }
+}
+
+#[test]
+fn what_is_typed_reaches_a_machine_that_was_restored() {
+    if !there() {
+        return;
+    }
+    let place = Place::new();
+    let words = "example echo --name echo --memory 16M --timeout 60";
+    let started = place.run(words).silent_stdin().start();
+    started.up();
+    place.tell(&format!("snapshot echo {}", place.path("one").display()));
+    place.tell("stop echo");
+    started.wait().expect(143);
+    for typed in ["first\x04", "second\x04"] {
+        let told = place.run("restore").arg(place.path("one")).words("--timeout 60").input(typed.as_bytes()).run();
+        assert!(told.expect(0).out().contains(typed.trim_end_matches('\x04')), "{}", told.out());
+    }
+}
+
+/// A stock kernel, its devices at work, twice from one snapshot.
+#[test]
+fn a_linux_goes_on_where_its_snapshot_was_written() {
+    if !there() || guest::kernel(shell::KERNEL).is_none() {
+        return;
+    }
+    let place = Place::new();
+    let (name, disk, folder) = (format!("linux-{}", std::process::id()), place.path("disk"), place.path("one"));
+    std::fs::write(&disk, [b"bantam".to_vec(), vec![0; 4090]].concat()).unwrap();
+    let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro", disk.display());
+    let Some(mut shell) = Shell::start(&words, "virtio_blk virtio-rng") else { return };
+    shell.run("echo kept >/tmp/file; head -c 6 /dev/vda");
+    let told = bantam(&format!("snapshot {name} {}", folder.display())).run().expect(0).out();
+    guest::note(&told);
+    shell.is("cat /tmp/file", "kept");
+    // It stood still while its clocks went on, which its kernel may mention; the restored ones' clocks stood too.
+    shell.leave("poweroff -f\n");
+    for _ in 0..2 {
+        let mut shell = Shell::restore(&folder);
+        shell.is("cat /tmp/file", "kept");
+        shell.is("echo 3 >/proc/sys/vm/drop_caches; head -c 6 /dev/vda; head -c 512 /dev/hwrng | wc -c", "bantam512");
+        shell.run("for cpu in 1 2; do taskset $cpu sleep 0.2 || exit; done");
+        shell.end();
+    }
+}
+
+/// Where two states differ, as JSON pointers.
+fn differences(at: &str, one: &Value, other: &Value, into: &mut Vec<String>) {
+    match (one, other) {
+        (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
+            a.iter().for_each(|(key, value)| differences(&format!("{at}/{key}"), value, &b[key], into));
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            let name = |value: &Value, index: usize| value["name"].as_str().map_or(index.to_string(), str::to_owned);
+            let both = a.iter().zip(b).enumerate();
+            both.for_each(|(i, (a, b))| differences(&format!("{at}/{}", name(a, i)), a, b, into));
+        }
+        _ if one == other => {}
+        _ => into.push(format!("{at}: {one} {other}")),
+    }
+}
+
+#[test]
+fn a_state_that_was_loaded_is_saved_the_same() {
+    if !there() {
+        return;
+    }
+    for words in ["", "--irqchip kernel --cpus 2", "--irqchip split --rng on"] {
+        let (place, guest) = (Place::new(), counts());
+        let started = place.machine(&guest, words);
+        let folder = place.snapshot("one");
+        place.tell("stop one");
+        started.wait().expect(143);
+        let snapshot = Snapshot::open(&folder).unwrap();
+        let mut config = snapshot.manifest.config.clone();
+        config.serial = bantam::config::Serial::None;
+        let streams = Streams::open(&config).unwrap();
+        let mut machine = machine::build(&config, &streams).unwrap();
+        machine.load(&snapshot).unwrap();
+        let json = |state| serde_json::to_value(state).unwrap();
+        let mut found = Vec::new();
+        differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
+        // These follow time: the guest's clock, the time-stamp counter, and since when each channel of the 8254 counts.
+        let loaded = [4, 5, 10, 11, 16, 17].map(|word| format!("/kvm/parts/pit/words/{word}: "));
+        let of_time = |path: &str| {
+            path.starts_with("/kvm/clock/words/")
+                || path.starts_with("/kvm/times/") && path.contains("/0/1: ")
+                || loaded.iter().any(|word| path.starts_with(word))
+        };
+        found.retain(|path| !of_time(path));
+        assert!(found.is_empty(), "{words}: {found:#?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_the_machine_goes_on() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.machine(&guest, "");
+    let (folder, out) = (place.path("one"), place.path("out"));
+    let snapshot = |path: &Path| place.run(&format!("snapshot one {}", path.display())).run();
+    if THERE {
+        snapshot(&folder).expect(0);
+        snapshot(&folder).refused(125).said("is there already");
+        snapshot(&place.path("none/one")).refused(125).said("No such file or directory");
+        place.run("restore").arg(&folder).words("--memory 32M").run().refused(2).said("--memory");
+        place.run("restore").arg(&folder).words("--cpus 2").run().refused(2).said("--cpus");
+        let state = folder.join("state.json");
+        let text = std::fs::read_to_string(&state).unwrap();
+        std::fs::write(&state, text.replacen('1', "2", 1)).unwrap();
+        place.run("restore").arg(&folder).run().refused(125).said("state.json: it is not as it was written");
+    } else {
+        snapshot(&folder).refused(125).said("snapshots of arm64 machines are not there yet");
+        assert!(!folder.exists() && !place.path("one.partial").exists());
+    }
+    place
+        .run("restore")
+        .arg(place.path("nowhere"))
+        .run()
+        .refused(125)
+        .said("no snapshot: there is no manifest.json in it");
+    place.run("inspect").arg(place.0.path()).run().refused(125).said("no snapshot");
+    place.run("snapshot nobody").arg(place.path("two")).run().refused(125).said("no machine is called nobody");
+    grows(&out, text_size(&out));
+    place.tell("stop one");
+    started.wait().expect(143);
+}
+
+fn text_size(path: &Path) -> usize {
+    text(path).len()
+}
+
+/// At moments that depend on the seed. What has the name of a snapshot is one.
+#[test]
+fn p24_a_monitor_that_is_killed_leaves_a_whole_snapshot_or_none() {
+    if !there() {
+        return;
+    }
+    let (first, count) = common::soak().unwrap_or((1, 12));
+    let (mut whole, guest) = (0, counts());
+    for seed in first..first + count {
+        let place = Place::new();
+        let started = place.machine(&guest, "");
+        let folder = place.path("one");
+        let asked = place.run(&format!("snapshot one {}", folder.display())).start();
+        std::thread::sleep(Duration::from_micros(seed.wrapping_mul(6151) % 20_000));
+        started.signal("KILL");
+        started.wait().expect(-9);
+        asked.wait();
+        let restore = |path: &Path| {
+            let words = format!("--serial none --timeout {}", common::within(0.1).as_secs_f64());
+            place.run("restore").arg(path).words(&words).run()
+        };
+        if folder.exists() {
+            whole += 1;
+            restore(&folder).expect(124);
+        } else {
+            restore(&folder).refused(125);
+        }
+        let half = place.path("one.partial");
+        if half.exists() {
+            restore(&half).refused(125).said("never completed");
+        }
+    }
+    eprintln!("{whole} of {count} were whole");
+}
