@@ -1,6 +1,6 @@
 //! What is soldered on: interrupt controllers, clocks, the serial port. Each architecture is a module that exports the
 //! same names: `Irqchip`, `choose`, `build`, `prepare`, `device_tree`, `firmware`, `LINUX_CONSOLE`,
-//! `linux_arguments`, `can_wake`, `host_facts`.
+//! `linux_arguments`, `can_wake`, `renew`, `host_facts`.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -105,10 +105,15 @@ impl Board {
     pub fn press_button(&self) {
         if let Some(power) = &self.power {
             power.button.press();
-            // A CPU that is at the device serves no event; it is gone in a moment.
-            while !self.buses.service(power.device) {
-                std::thread::yield_now();
-            }
+            self.serve(power);
+        }
+    }
+
+    /// Has the button's device look at its wires.
+    fn serve(&self, power: &PowerButton) {
+        // A CPU that is at the device serves no event; it is gone in a moment.
+        while !self.buses.service(power.device) {
+            std::thread::yield_now();
         }
     }
 }

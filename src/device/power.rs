@@ -8,7 +8,7 @@
 //! | 0 | SLEEP_CONTROL_REG | SLP_TYP in bits 2 to 4, SLP_EN in bit 5: a write with SLP_EN and type 5 is the power-off |
 //! | 1 | SLEEP_STATUS_REG | bit 7, WAK_STS: write 1 to clear; never set, there is no waking |
 //! | 2 | RESET_REG | a write of 1 resets the machine |
-//! | 3 | EVENT | bit 0: the power button; a read clears it |
+//! | 3 | EVENT | bit 0: the power button, bit 1: the generation id is another; a read clears it |
 //! | 4 | LISTENER | somebody in the guest listens to its buttons (the DSDT's code writes 1) |
 //!
 //! Invariant: the interrupt line is high exactly while an event has not been read.
@@ -42,6 +42,8 @@ const SLP_TYP: u64 = 7 << 2;
 const SLP_EN: u64 = 1 << 5;
 /// The power button's event.
 pub const BUTTON: u8 = 1;
+/// The event that the machine has another generation id: it goes on from a snapshot.
+pub const GENERATION: u8 = 2;
 
 /// The power button, seen from the host: pressed by whoever holds it, answered by the device when it is served.
 #[derive(Debug, Clone, Default)]
@@ -50,6 +52,7 @@ pub struct Button(Arc<Wires>);
 #[derive(Debug, Default)]
 struct Wires {
     pressed: AtomicBool,
+    renewed: AtomicBool,
     heard: AtomicBool,
     seen: AtomicBool,
 }
@@ -59,6 +62,16 @@ impl Button {
     pub fn press(&self) {
         self.0.seen.store(false, Ordering::SeqCst);
         self.0.pressed.store(true, Ordering::SeqCst);
+    }
+
+    /// The machine has another generation id; the device tells when it is served next.
+    pub fn renew(&self) {
+        self.0.renewed.store(true, Ordering::SeqCst);
+    }
+
+    /// It has, since the last time.
+    fn take_renewed(&self) -> bool {
+        self.0.renewed.swap(false, Ordering::SeqCst)
     }
 
     /// The guest has taken note of it since.
@@ -165,8 +178,10 @@ impl Device for Power {
     }
 
     fn service(&mut self) {
-        if self.button.take() {
-            self.events |= BUTTON;
+        let button = if self.button.take() { BUTTON } else { 0 };
+        let generation = if self.button.take_renewed() { GENERATION } else { 0 };
+        if button | generation != 0 {
+            self.events |= button | generation;
             self.tell();
         }
     }
@@ -178,7 +193,7 @@ impl Device for Power {
 
     fn load(&mut self, saved: &Saved) -> Result<()> {
         let State { events, listener } = unwrap(self.name(), VERSION, saved)?;
-        if events & !BUTTON != 0 {
+        if events & !(BUTTON | GENERATION) != 0 {
             bail!("{}: EVENT of {events:#x} has bits that the register never holds", self.name());
         }
         (self.events, self.listener) = (events, listener);
@@ -206,6 +221,19 @@ mod tests {
         }
         assert_eq!((power.write(RESET, 1, 1), power.write(RESET, 1, 2)), (Effect::Reset, Effect::None));
         assert_eq!(power.write(SLEEP_STATUS, 1, 0x80), Effect::None);
+    }
+
+    #[test]
+    fn another_generation_is_an_event_of_its_own() {
+        let (mut power, button, wire) = power();
+        button.renew();
+        power.service();
+        assert!(wire.level());
+        assert_eq!((power.read(EVENT, 1), wire.level(), button.was_seen()), (2, false, false));
+        button.renew();
+        button.press();
+        power.service();
+        assert_eq!((power.read(EVENT, 1), power.read(EVENT, 1)), (3, 0));
     }
 
     #[test]
@@ -242,7 +270,7 @@ mod tests {
         power.load(&saved).unwrap();
         assert!(wire.level() && button.is_heard());
         let mut bad = saved;
-        bad.state["events"] = 2.into();
+        bad.state["events"] = 4.into();
         assert!(power.load(&bad).is_err());
     }
 }

@@ -1,5 +1,7 @@
 //! The host's side of things: signals, terminal, standard streams. Knows nothing of machines.
 
+use anyhow::Context;
+
 #[cfg(debug_assertions)]
 pub mod fault;
 pub mod file;
@@ -9,6 +11,17 @@ pub mod say;
 pub mod socket;
 pub mod sys;
 pub mod terminal;
+
+/// Random bytes that nobody can know; waits for them where the host has just started.
+///
+/// # Errors
+/// The host has none.
+pub fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // As many as are asked for: up to 256 there is no other way (getrandom(2)).
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()).context("getrandom")?;
+    Ok(bytes)
+}
 
 /// Makes every way out of this process put the terminal back and end with a status from the table: a panic is 101, a
 /// crash 128 + n.

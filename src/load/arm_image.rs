@@ -13,6 +13,7 @@ use crate::arch::{self, BootRegs, Layout};
 use crate::board::{self, Chosen};
 use crate::config::{Config, CpuMode, Entry};
 use crate::error::{Refusal, refuse, usage};
+use crate::host::random;
 use crate::memory::{Memory, Span};
 
 /// Bytes of the header.
@@ -169,10 +170,8 @@ pub fn load(config: &Config, guest: &Guest, header: &Header, memory: &Memory, la
     let initrd = Initrd::open(config, guest)?;
     prepare_linux(memory, &layout.ram, kernel.last(), initrd.as_ref().map_or(0, Initrd::size));
     let initrd = initrd.map(|files| files.load(memory, &mut places, window_last(kernel))).transpose()?;
-    let mut seed = [0; SEED];
-    let count = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).context("getrandom")?;
-    let seed = (count == SEED).then_some(&seed);
-    let tree = board::device_tree(config, layout, &Chosen { cmdline: Some(&text), initrd, seed })?;
+    let seed = random::<SEED>()?;
+    let tree = board::device_tree(config, layout, &Chosen { cmdline: Some(&text), initrd, seed: Some(&seed) })?;
     let tree = tree.context("a machine without a device tree")?;
     let span = place_tree(config, &mut places, kernel, tree.len() as u64)?;
     memory.write(span.start, &tree)?;

@@ -321,6 +321,7 @@ fn live(config: &Config, start: &Start) -> Result<Ended> {
                 machine.load(snapshot)?;
                 // A guest that waits for input asked for it in its former life; nobody else is at the device yet.
                 let _ = machine.board.buses.service(machine.board.serial);
+                board::renew(&machine.board, &machine.memory)?;
             }
         }
         let (machine, mut end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;

@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 10] = [
+const JOBS: [Job; 11] = [
     Job {
         name: "loaders",
         count: 10_000_000,
@@ -72,6 +72,13 @@ const JOBS: [Job; 10] = [
         chunk: 20,
         sample: false,
         command: &["cargo", "test", "--release", "--test", "snapshot", "p24_"],
+    },
+    Job {
+        name: "snapshot-states",
+        count: 10_000,
+        chunk: 200,
+        sample: false,
+        command: &["cargo", "test", "--release", "--test", "snapshot", "p26_"],
     },
     Job {
         name: "console",

@@ -58,6 +58,9 @@ pub const POWER_IRQ: u32 = 9;
 pub const PVPANIC: u64 = 0x505;
 /// The ACPI tables: where a PC's firmware has its ROM, and where the RSDP is looked for (ACPI 6.5 §5.2.5.1).
 pub const ACPI: u64 = 0xe_0000;
+/// The generation id: 16 bytes that are others each time that the machine begins or goes on from a snapshot. In the same
+/// place, which no guest that knows of tables takes for RAM.
+pub const GENERATION: u64 = 0xf_fe00;
 /// Power-off register, 2 bytes: PM1a control as hobby kernels know it from QEMU.
 pub const POWER_OFF: u64 = 0x604;
 

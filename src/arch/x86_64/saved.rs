@@ -7,6 +7,7 @@
 //! other would be a millisecond off for ever.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +24,9 @@ use crate::host::sys::state::{ask, reads, size_of_request, writes};
 
 /// IA32_TIME_STAMP_COUNTER, IA32_TSC_DEADLINE (SDM vol. 4), in the order in which they are set.
 const TIMES: [u32; 2] = [0x10, 0x6e0];
+
+/// Hyper-V's registers, which CPUID offers to no guest here; two of them are clocks.
+const HYPER_V: RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 
 /// A structure of the KVM API: its name, and the requests that read and set it.
 struct Part {
@@ -122,8 +126,8 @@ pub fn save_cpu(kvm: &Kvm, fd: &VcpuFd, irqchip: Option<IrqChip>) -> Result<Save
         parts,
         msrs: {
             let list = kvm.get_msr_index_list().map_err(io::Error::from).context("KVM_GET_MSR_INDEX_LIST")?;
-            let of_a_cpu: Vec<_> = list.as_slice().iter().copied().filter(|index| !TIMES.contains(index)).collect();
-            msrs(fd, &of_a_cpu)?
+            let kept = |index: &u32| !TIMES.contains(index) && !HYPER_V.contains(index);
+            msrs(fd, &list.as_slice().iter().copied().filter(kept).collect::<Vec<_>>())?
         },
     })
 }

@@ -38,6 +38,14 @@ pub fn linux_arguments(_config: &Config) -> Vec<&'static str> {
     Vec::new()
 }
 
+/// There are no snapshots of arm64 machines yet.
+///
+/// # Errors
+/// None here.
+pub fn renew(_board: &Board, _memory: &Memory) -> Result<()> {
+    Ok(())
+}
+
 /// An arm64 machine of Bantam's has a device tree, and nothing of a firmware's.
 ///
 /// # Errors

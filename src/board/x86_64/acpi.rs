@@ -19,13 +19,14 @@ use anyhow::{Context, Result};
 use super::INTX_INPUTS;
 use crate::arch::PCI_ECAM_SIZE;
 use crate::arch::layout::{
-    ACPI, CMOS, IOAPIC, LOCAL_APIC, PCI_ECAM, PCI_PORTS, PCI_WINDOW, PCI_WINDOW_SIZE, POWER, POWER_IRQ, PVPANIC,
-    SERIAL, SERIAL_IRQ,
+    ACPI, CMOS, GENERATION, IOAPIC, LOCAL_APIC, PCI_ECAM, PCI_PORTS, PCI_WINDOW, PCI_WINDOW_SIZE, POWER, POWER_IRQ,
+    PVPANIC, SERIAL, SERIAL_IRQ,
 };
 use crate::board::Firmware;
 use crate::board::virtio::{page_of, turn};
 use crate::config::{Config, IrqChip, Platform};
-use crate::device::power::{BUTTON, EVENT, RESET, S5, SLEEP_CONTROL, SLEEP_STATUS};
+use crate::device::power::{self, BUTTON, EVENT, RESET, S5, SLEEP_CONTROL, SLEEP_STATUS};
+use crate::host::random;
 use crate::memory::Span;
 
 const OEM: [u8; 6] = *b"BANTAM";
@@ -48,7 +49,7 @@ const RESET_VECTOR: u64 = 0xf_fff0;
 /// the firmware where ACPI has no fixed hardware and there is no EFI (arch/x86/kernel/reboot.c, BOOT_EFI, then BOOT_BIOS).
 ///
 /// # Errors
-/// More CPUs than ACPI can name.
+/// More CPUs than ACPI can name, or a host without random numbers.
 pub fn firmware(config: &Config) -> Result<Firmware> {
     if config.platform != Some(Platform::Acpi) {
         return Ok(Firmware::default());
@@ -56,7 +57,11 @@ pub fn firmware(config: &Config) -> Result<Firmware> {
     let [low, high, ..] = (POWER + RESET).to_le_bytes();
     // mov dx, RESET; mov al, 1; out dx, al; hlt; jmp to the hlt.
     let restart = vec![0xba, low, high, 0xb0, 1, 0xee, 0xf4, 0xeb, 0xfd];
-    let parts = vec![("the ACPI tables", ACPI, tables(config)?), ("the reset vector", RESET_VECTOR, restart)];
+    let parts = vec![
+        ("the ACPI tables", ACPI, tables(config)?),
+        ("the reset vector", RESET_VECTOR, restart),
+        ("the generation id", GENERATION, random::<16>()?.to_vec()),
+    ];
     Ok(Firmware { rsdp: Some(ACPI), parts })
 }
 
@@ -227,11 +232,12 @@ fn dsdt(config: &Config) -> Result<Vec<u8>> {
     Ok(table)
 }
 
-/// The power button, and the generic event device (§5.6.9) that tells of it.
+/// The power button, the generation id (Microsoft's "Virtual Machine Generation ID"), and the generic event device (§5.6.9)
+/// that tells of both.
 ///
 /// A guest may have a driver for event devices and nobody who listens to buttons. Who does, listens to all: so there is a
 /// lid too, always open, whose state is asked for by its driver as soon as somebody listens (\_LID).
-fn events() -> [Code; 5] {
+fn events() -> [Code; 6] {
     // The two registers for events lie side by side.
     let region = code(&OpRegion::new(path("POWR"), OpRegionSpace::SystemIO, &((POWER + EVENT) as u16), &2u8));
     let names = vec![FieldEntry::Named(*b"EVNT", 8), FieldEntry::Named(*b"HEAR", 8)];
@@ -242,17 +248,26 @@ fn events() -> [Code; 5] {
     let lid = [named("_HID", &EISAName::new("PNP0C0D")), method("_LID", 0, false, &[hears, code(&Return::new(&ONE))])];
     // A read clears the register, so it is read once.
     let pressed = code(&Notify::new(&path("PWRB"), &0x80u8));
+    let renewed = code(&Notify::new(&path("VGEN"), &0x80u8));
     let happened = [
         code(&Store::new(&Local(0), &path("EVNT"))),
         code(&And::new(&Local(1), &Local(0), &BUTTON)),
         code(&If::new(&Local(1), all(&[pressed]))),
+        code(&And::new(&Local(1), &Local(0), &power::GENERATION)),
+        code(&If::new(&Local(1), all(&[renewed]))),
+    ];
+    let generation = [
+        named("_HID", &"BNTM0001"),
+        named("_CID", &"VM_Gen_Counter"),
+        named("_DDN", &"VM_Gen_Counter"),
+        named("ADDR", &Package::new(vec![&(GENERATION as u32), &ZERO])),
     ];
     let ged = [
         named("_HID", &"ACPI0013"),
         resources(&[code(&Interrupt::new(true, false, false, false, POWER_IRQ))]),
         method("_EVT", 1, true, &happened),
     ];
-    [region, fields, button, device("LID_", &lid), device("GED_", &ged)]
+    [region, fields, button, device("LID_", &lid), device("VGEN", &generation), device("GED_", &ged)]
 }
 
 /// A page of registers of a virtio device ("LNRO0005"), with one of the lines that they share.

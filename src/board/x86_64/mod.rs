@@ -18,8 +18,8 @@ use super::virtio::{self, INTX, Sockets};
 use super::{Board, Chosen, PowerButton, Wires};
 
 use crate::arch::layout::{
-    CMOS, DEBUG_EXIT, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, IOAPIC, PCI_ECAM, PCI_PORTS, POWER, POWER_IRQ,
-    POWER_OFF, POWER_SIZE, PVPANIC, SERIAL, SERIAL_IRQ, TSS,
+    ACPI, CMOS, DEBUG_EXIT, GENERATION, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, IOAPIC, PCI_ECAM, PCI_PORTS, POWER,
+    POWER_IRQ, POWER_OFF, POWER_SIZE, PVPANIC, SERIAL, SERIAL_IRQ, TSS,
 };
 use crate::arch::{self, Layout, PCI_ECAM_SIZE};
 use crate::bus::{Builder, Space};
@@ -36,6 +36,7 @@ use crate::device::power_off::PowerOff;
 use crate::device::pvpanic::PvPanic;
 use crate::device::serial::{self, Serial};
 use crate::explain::{Outcome, call};
+use crate::host::random;
 use crate::irq::{IrqLine, Shared, Unconnected};
 use crate::memory::{Memory, Span};
 use crate::vcpu::Vcpu;
@@ -297,6 +298,22 @@ pub fn host_facts(_vm: &Vm) -> Vec<(&'static str, String)> {
 /// None here.
 pub fn can_wake(_board: &Board, _vcpus: &[Vcpu], _memory: &Memory) -> Result<bool> {
     Ok(false)
+}
+
+/// Has a machine that goes on from a snapshot be another one than that which was written, where its guest knows of that:
+/// such a guest makes new random numbers before it uses any.
+///
+/// # Errors
+/// The host has no random numbers.
+pub fn renew(board: &Board, memory: &Memory) -> Result<()> {
+    let mut root = [0; 8];
+    let tables = memory.read(ACPI, &mut root).is_ok() && root == *b"RSD PTR ";
+    if let Some(power) = board.power.as_ref().filter(|_| tables) {
+        memory.write(GENERATION, &random::<16>()?)?;
+        power.button.renew();
+        board.serve(power);
+    }
+    Ok(())
 }
 
 /// A PC has no device tree.
