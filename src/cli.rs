@@ -14,7 +14,7 @@ use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcom
 use crate::arch;
 use crate::config::{Config, Seconds, Size};
 use crate::error::usage;
-use crate::load::Image;
+use crate::load::{self, Image};
 use crate::snapshot::Manifest;
 
 /// What a person asked for.
@@ -313,9 +313,10 @@ fn restore(words: &ArgMatches) -> Result<Command> {
     let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
     let own = Manifest::open(folder)?.config;
     let config = config(own.clone(), words)?;
+    load::check(&config)?;
     match config.differs_from(&own) {
         Some(name) => {
-            let why = format!("--{name} is part of the machine, and the snapshot has another");
+            let why = format!("--{name}: a machine that goes on is what its snapshot says");
             Err(usage(why).hint("`bantam inspect FOLDER` shows what it is").into())
         }
         None => Ok(Command::Restore(folder.clone(), config)),

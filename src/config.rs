@@ -178,12 +178,11 @@ pub struct Config {
     pub watchdog: Option<Seconds>,
 }
 
-/// What a machine may have another of once it is restored: how it is connected, looked at and ended, not what it is. (And
-/// what only mattered when it began.)
-const NOT_OF_A_SNAPSHOT: [&str; 22] = [
+/// What only matters when a machine begins.
+const OF_THE_BEGINNING: [&str; 6] = ["initrd", "reg", "load-at", "entry", "cmdline", "cmdline-raw"];
+/// What a machine may have another of once it is restored: how it is connected, looked at and ended, not what it is.
+const NOT_OF_A_SNAPSHOT: [&str; 18] = [
     "name",
-    "initrd",
-    "reg",
     "serial",
     "until",
     "timeout",
@@ -201,31 +200,31 @@ const NOT_OF_A_SNAPSHOT: [&str; 22] = [
     "stats",
     "stats-interval",
     "watchdog",
-    "load-at",
-    "entry",
 ];
 
 impl Config {
     /// What a snapshot keeps of it: the machine, and not how it is looked at.
     #[must_use]
     pub fn of_a_snapshot(&self) -> Self {
-        let mut all = self.fields();
-        NOT_OF_A_SNAPSHOT.iter().for_each(|name| drop(all.remove(*name)));
+        let mut all = self.without(&NOT_OF_A_SNAPSHOT);
+        OF_THE_BEGINNING.iter().for_each(|name| drop(all.remove(*name)));
         // What is missing has its default, and the rest was just written.
         serde_json::from_value(all.into()).unwrap_or_default()
     }
 
-    /// The first option that makes this another machine than `other`, of which it is to be a snapshot's.
-    pub fn differs_from(&self, other: &Self) -> Option<String> {
-        let (own, others) = (self.of_a_snapshot().fields(), other.of_a_snapshot().fields());
+    /// The first option that makes this another machine than that of a snapshot.
+    pub fn differs_from(&self, snapshot: &Self) -> Option<String> {
+        let (own, others) = (self.without(&NOT_OF_A_SNAPSHOT), snapshot.without(&NOT_OF_A_SNAPSHOT));
         own.into_iter().find(|(name, value)| others.get(name) != Some(value)).map(|(name, _)| name)
     }
 
-    fn fields(&self) -> serde_json::Map<String, serde_json::Value> {
-        match serde_json::to_value(self) {
+    fn without(&self, names: &[&str]) -> serde_json::Map<String, serde_json::Value> {
+        let mut fields = match serde_json::to_value(self) {
             Ok(serde_json::Value::Object(fields)) => fields,
             _ => serde_json::Map::new(),
-        }
+        };
+        names.iter().for_each(|name| drop(fields.remove(*name)));
+        fields
     }
 }
 

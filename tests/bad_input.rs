@@ -54,7 +54,7 @@ fn a_file_that_may_not_be_read() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let copy = dir.path().join("bantam");
-    std::fs::copy(common::program(), &copy).unwrap();
+    common::copy_program(&copy);
     let secret = dir.path().join("secret");
     std::fs::write(&secret, HALT).unwrap();
     std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600)).unwrap();

@@ -53,7 +53,7 @@ fn p02_no_permission() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let copy = dir.path().join("bantam");
-    std::fs::copy(program(), &copy).unwrap();
+    common::copy_program(&copy);
     for command in ["example add", "check"] {
         let words = ["--reuid=65534", "--regid=65534", "--clear-groups"].map(Into::into);
         let outcome = Run::of("setpriv".as_ref(), words).arg(&copy).words(command).run();

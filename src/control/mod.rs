@@ -208,8 +208,9 @@ fn ask_at(path: &Path, request: &Request) -> Result<Value> {
         tries += 1;
     };
     stream.set_nonblocking(false)?;
-    // What a snapshot takes depends on how much RAM there is.
-    let patience = (!matches!(request, Request::Snapshot { .. })).then_some(PATIENCE);
+    // What a snapshot takes depends on how much RAM there is; and who wants a machine to be otherwise waits until it is.
+    let waits = matches!(request, Request::Snapshot { .. } | Request::Pause {} | Request::Resume {});
+    let patience = (!waits).then_some(PATIENCE);
     stream.set_read_timeout(patience)?;
     stream.set_write_timeout(Some(PATIENCE))?;
     stream.write_all((serde_json::to_string(request)? + "\n").as_bytes())?;

@@ -251,13 +251,8 @@ fn refuse_words(config: &Config, format: &Format) -> Result<(), Refusal> {
 /// An option that means nothing for this guest, or a value that no machine can have: status 2.
 pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
     refuse_words(config, &guest.format)?;
+    check(config)?;
     let mut settled = config.clone();
-    if config.max_exits == Some(0) {
-        return Err(usage("--max-exits 0: a guest makes at least one exit").into());
-    }
-    if config.until.as_ref().is_some_and(String::is_empty) {
-        return Err(usage("--until: an empty text is never shown").into());
-    }
     if config.cmdline.as_ref().is_some_and(|text| text.contains('\0')) {
         return Err(usage("--cmdline holds a NUL, which would end it").into());
     }
@@ -273,7 +268,6 @@ pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
     }
     settled.rng = Some(config.rng.unwrap_or(if linux { Switch::On } else { Switch::Off }));
     settled.irqchip = Some(match (config.irqchip, config.cpus.count()) {
-        (_, 0) => return Err(usage("--cpus 0: a machine has at least one CPU").into()),
         (Some(IrqChip::None), 2..) if arch::SMP_NEEDS_IRQCHIP => {
             let what =
                 format!("--irqchip none with --cpus {}: CPUs are started through local APICs", config.cpus.count());
@@ -291,6 +285,23 @@ pub fn settle(config: &Config, guest: &Guest) -> Result<Config> {
     let mut boot = BootRegs::default();
     apply(&settled, guest, &mut boot)?;
     Ok(settled)
+}
+
+/// Refuses values that no machine can have.
+///
+/// # Errors
+/// One that it has.
+pub fn check(config: &Config) -> Result<(), Refusal> {
+    if config.max_exits == Some(0) {
+        return Err(usage("--max-exits 0: a guest makes at least one exit"));
+    }
+    if config.until.as_ref().is_some_and(String::is_empty) {
+        return Err(usage("--until: an empty text is never shown"));
+    }
+    if config.cpus.count() == 0 {
+        return Err(usage("--cpus 0: a machine has at least one CPU"));
+    }
+    Ok(())
 }
 
 /// Sets the registers that the user asks for, over what the format says.

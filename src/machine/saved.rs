@@ -41,7 +41,7 @@ impl Machine<Paused> {
         snapshot.fill(&self.memory)?;
         anyhow::ensure!(cpus.len() == self.state.vcpus.len(), "the state is that of {} CPUs", cpus.len());
         for (vcpu, saved) in self.state.vcpus.iter().zip(cpus) {
-            arch::load_cpu(vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;
+            arch::load_cpu(crate::vm::kvm()?, vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;
         }
         arch::load_vm(self.vm.fd(), &self.cpus(), kvm)?;
         // Last: what raises an interrupt needs somebody to raise it to.

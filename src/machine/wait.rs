@@ -1,7 +1,7 @@
 //! The event loop of a running machine: signals, streams, limits, and CPUs that have halted for good.
 //!
 //! Invariant: the loop never blocks but in its one wait, so a signal is answered at once whatever the guest, the
-//! terminal or a pipe does.
+//! terminal or a pipe does. (While a snapshot is written, it waits for the disk.)
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -243,7 +243,12 @@ impl Machine<Paused> {
         let (mut ready, mut typed) = (Vec::new(), false);
         loop {
             let next = [life.deadline, life.telling.deadline(), streams.deadline(), streams.control.deadline()];
-            let patience = next.into_iter().flatten().min().map(|at| at.saturating_duration_since(Instant::now()));
+            let patience = next
+                .into_iter()
+                .chain([life.stopping.deadline()])
+                .flatten()
+                .min()
+                .map(|at| at.saturating_duration_since(Instant::now()));
             readiness.wait(patience, &mut ready).context("epoll")?;
             if ready.contains(&SIGNALS)
                 && let Some(Served::End(end)) = signal(life, streams)
@@ -270,6 +275,10 @@ impl Machine<Paused> {
             let now = Instant::now();
             if life.deadline.is_some_and(|at| at <= now) {
                 return Ok(Some(End::Timeout));
+            }
+            // Its power button was pressed before it was paused.
+            if life.stopping.deadline().is_some_and(|at| at <= now) {
+                return Ok(Some(End::Signal(sys::SIGTERM)));
             }
             life.telling.tell_due(now);
             if asked.state == Some(State::Running) {

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -62,6 +62,28 @@ struct Ram {
     blocks: Vec<(u64, String)>,
 }
 
+/// A disk's file as it was: RAM knows what is on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Disk {
+    path: PathBuf,
+    bytes: u64,
+    /// When it was last written to: seconds, and nanoseconds.
+    modified: (i64, i64),
+}
+
+impl Disk {
+    fn at(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path).with_context(|| path.display().to_string())?;
+        let file = path.metadata().map_err(|e| broken(&path, &e.to_string()))?;
+        Ok(Self { bytes: file.len(), modified: (file.mtime(), file.mtime_nsec()), path })
+    }
+
+    fn all(config: &Config) -> Result<Vec<Self>> {
+        config.disk.iter().map(|words| Self::at(Path::new(words.take("--disk").first()))).collect()
+    }
+}
+
 /// What a snapshot is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -73,6 +95,7 @@ pub struct Manifest {
     pub guest: String,
     /// The machine.
     pub config: Config,
+    disks: Vec<Disk>,
     state: Sum,
     memory: Ram,
 }
@@ -108,6 +131,10 @@ fn put(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))
 }
 
+fn is_partial(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "partial")
+}
+
 /// Where a snapshot is while it is not complete.
 fn partial(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -123,6 +150,10 @@ pub fn write(path: &Path, guest: &str, config: &Config, state: &State, memory: &
     if path.symlink_metadata().is_ok() {
         let why = format!("{} is there already, and a snapshot never changes", path.display());
         return Err(refuse(why).hint("name a folder that is not there").into());
+    }
+    if is_partial(path) {
+        let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
+        return Err(refuse(why).hint("give it another name").into());
     }
     let folder = partial(path);
     let _own = begin(&folder)?;
@@ -185,6 +216,7 @@ fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Mem
         architecture: arch::NAME.into(),
         guest: guest.into(),
         config: config.clone(),
+        disks: Disk::all(config)?,
         state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
         memory: ram,
     };
@@ -246,7 +278,7 @@ impl Manifest {
     /// # Errors
     /// It is missing, not complete, changed, or of another version or architecture.
     pub fn open(folder: &Path) -> Result<Self> {
-        if folder.extension().is_some_and(|e| e == "partial") {
+        if is_partial(folder) {
             return Err(broken(folder, "a snapshot that was never completed").into());
         }
         let path = folder.join(MANIFEST);
@@ -292,6 +324,12 @@ impl Snapshot {
     /// It is not complete, or not as it was written; the file that is not is named.
     pub fn open(folder: &Path) -> Result<Self> {
         let manifest = Manifest::open(folder)?;
+        for disk in &manifest.disks {
+            if Disk::at(&disk.path)? != *disk {
+                let why = "this disk has been written to since the snapshot was, and its machine would not know";
+                return Err(broken(&disk.path, why).into());
+            }
+        }
         let path = folder.join(STATE);
         let bytes = take(&path)?;
         if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != manifest.state {

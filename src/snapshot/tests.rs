@@ -64,7 +64,6 @@ fn what_was_written_is_read() {
     let shown = snapshot.manifest.to_string();
     assert!(shown.contains("guest: guest") && shown.contains("384K that are not zeroes"), "{shown}");
     // Sparse: most of it is no block on the disk.
-    use std::os::unix::fs::MetadataExt;
     let file = snapshot.memory.metadata().unwrap();
     assert!(file.len() == 21 * BLOCK && file.blocks() * 512 < 10 * BLOCK, "{} {}", file.len(), file.blocks());
 }
@@ -172,4 +171,21 @@ fn hostile_manifests_are_refused() {
     refused(&|m| m["memory"]["blocks"][1][0] = 0.into(), "not in their order");
     let swap = |m: &mut serde_json::Value| m["memory"]["blocks"][0][1] = m["memory"]["blocks"][1][1].clone();
     refused(&swap, "are not as they were written");
+}
+
+#[test]
+fn a_disk_that_has_changed_since_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    std::fs::write(&disk, [0; 512]).unwrap();
+    let config = Config { disk: vec![disk.display().to_string().parse().unwrap()], ..Config::default() };
+    let path = folder.path().join("one");
+    write(&path, "guest", &config, &state(), &written()).unwrap();
+    Snapshot::open(&path).unwrap();
+    std::fs::write(&disk, [1; 512]).unwrap();
+    let told = Snapshot::open(&path).err().unwrap().to_string();
+    assert!(told.contains("has been written to since"), "{told}");
+    std::fs::remove_file(&disk).unwrap();
+    assert!(Snapshot::open(&path).is_err());
+    assert!(write(&folder.path().join("two.partial"), "guest", &config, &state(), &ram()).is_err());
 }

@@ -32,6 +32,12 @@ pub fn program() -> PathBuf {
     std::env::var_os("BANTAM_BIN").map_or_else(|| env!("CARGO_BIN_EXE_bantam").into(), PathBuf::from)
 }
 
+/// Copies the program under test. By another process: one that a test beside this one starts meanwhile would have our file open
+/// to write, and nobody can run such a file (ETXTBSY).
+pub fn copy_program(to: &Path) {
+    assert!(Command::new("cp").arg(program()).arg(to).status().unwrap().success());
+}
+
 /// How long something may take that takes no more than `seconds` on a host that is not itself emulated.
 pub fn within(seconds: f64) -> Duration {
     Duration::from_secs_f64(if host_is_emulated() { 5.0 * seconds } else { seconds })

@@ -33,7 +33,7 @@ pub fn save_cpu(_kvm: &Kvm, _fd: &VcpuFd, _irqchip: Option<IrqChip>) -> Result<S
 ///
 /// # Errors
 /// Always, as yet.
-pub fn load_cpu(_fd: &VcpuFd, _saved: &SavedCpu) -> Result<()> {
+pub fn load_cpu(_kvm: &Kvm, _fd: &VcpuFd, _saved: &SavedCpu) -> Result<()> {
     Err(not_yet().into())
 }
 

@@ -19,11 +19,15 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use crate::config::IrqChip;
-use crate::error::refuse;
+use crate::error::{Refusal, refuse};
 use crate::host::sys::state::{ask, reads, size_of_request, writes};
 
 /// IA32_TIME_STAMP_COUNTER, IA32_TSC_DEADLINE (SDM vol. 4), in the order in which they are set.
 const TIMES: [u32; 2] = [0x10, 0x6e0];
+
+/// CR4 and EFER: the guest runs guests of its own.
+const CR4_VMXE: u64 = 1 << 13;
+const EFER_SVME: u64 = 1 << 12;
 
 /// Hyper-V's registers, which CPUID offers to no guest here; two of them are clocks.
 const HYPER_V: RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
@@ -108,13 +112,23 @@ fn set(fd: &impl AsRawFd, part: &Part, saved: &Words) -> Result<()> {
     ask(fd, part.set, &mut bytes).with_context(|| format!("giving KVM {}", saved.name))
 }
 
+/// KVM_GET_XSAVE and KVM_SET_XSAVE pass 4 KiB, where there is no more.
+fn check_size(kvm: &Kvm) -> Result<(), Refusal> {
+    if kvm.check_extension_int(Cap::Xsave2) > size_of::<kvm_xsave>() as i32 {
+        return Err(refuse("this host's CPUs have more registers than a snapshot holds (KVM_CAP_XSAVE2)"));
+    }
+    Ok(())
+}
+
 /// Reads a CPU's state; its last exit was completed.
 ///
 /// # Errors
 /// KVM refuses, or it has more state than is known here.
 pub fn save_cpu(kvm: &Kvm, fd: &VcpuFd, irqchip: Option<IrqChip>) -> Result<SavedCpu> {
-    if kvm.check_extension_int(Cap::Xsave2) > size_of::<kvm_xsave>() as i32 {
-        return Err(refuse("this host's CPUs have more registers than a snapshot holds (KVM_CAP_XSAVE2)").into());
+    check_size(kvm)?;
+    let sregs = fd.get_sregs().map_err(io::Error::from).context("KVM_GET_SREGS")?;
+    if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
+        return Err(refuse("the guest is a hypervisor itself, whose guests a snapshot does not hold yet").into());
     }
     let there = |part: &&Part| part.name != LAPIC.name || irqchip != Some(IrqChip::None);
     let parts = CPU.iter().filter(there).map(|part| read(fd, part, part.name, 0)).collect::<Result<_>>()?;
@@ -150,7 +164,8 @@ fn msrs(fd: &VcpuFd, mut rest: &[u32]) -> Result<Registers> {
 ///
 /// # Errors
 /// KVM refuses, or the state is not one of this version's.
-pub fn load_cpu(fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
+pub fn load_cpu(kvm: &Kvm, fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
+    check_size(kvm)?;
     let SavedCpu { tsc_khz, cpuid, parts, msrs } = saved;
     if let Some(khz) = tsc_khz
         && fd.get_tsc_khz().ok() != Some(*khz)

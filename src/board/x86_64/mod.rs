@@ -301,7 +301,7 @@ pub fn can_wake(_board: &Board, _vcpus: &[Vcpu], _memory: &Memory) -> Result<boo
 }
 
 /// Has a machine that goes on from a snapshot be another one than that which was written, where its guest knows of that:
-/// such a guest makes new random numbers before it uses any.
+/// such a guest makes new random numbers as soon as it has taken the interrupt that tells it.
 ///
 /// # Errors
 /// The host has no random numbers.

@@ -1,10 +1,17 @@
 //! State that KVM keeps, as bytes: for each kind of it there is one call that reads it whole and one that sets it.
 //!
-//! Invariant: a request's number says how many bytes it takes (`_IOC_SIZE`), and nothing is asked with a buffer of another
-//! size.
+//! Invariant: a request's number says how many bytes it takes (`_IOC_SIZE`), nothing is asked with a buffer of another
+//! size, and nothing but what takes just these: other requests have more behind a head.
 
 use std::io;
 use std::os::fd::AsRawFd;
+
+/// The numbers of requests that take a structure of one size (KVM api.rst): those on interrupt controllers, the clock,
+/// registers, the local APIC, whether a CPU runs, the 8254 (machine) or events (CPU), debug registers, XSAVE and XCRs.
+const FIXED: [u64; 22] = [
+    0x62, 0x63, 0x7b, 0x7c, 0x81, 0x82, 0x83, 0x84, 0x8e, 0x8f, 0x98, 0x99, 0x9f, 0xa0, 0xa1, 0xa2, 0xa4, 0xa5, 0xa6,
+    0xa7, 0xcc, 0xcd,
+];
 
 /// `_IOR(KVMIO, number, a type of so many bytes)`.
 pub const fn reads(number: u64, size: usize) -> u64 {
@@ -24,9 +31,9 @@ pub const fn size_of_request(request: u64) -> usize {
 /// Carries out a request on a descriptor of KVM's, which reads from `bytes`, writes to them, or both.
 ///
 /// # Errors
-/// KVM refuses, or `bytes` are not as many as the request takes.
+/// KVM refuses, `bytes` are not as many as the request takes, or it is not one of those that are known to take just these.
 pub fn ask(fd: &impl AsRawFd, request: u64, bytes: &mut [u8]) -> io::Result<()> {
-    if bytes.len() != size_of_request(request) {
+    if bytes.len() != size_of_request(request) || !FIXED.contains(&(request & 0xff)) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     // SAFETY: the kernel takes and gives as many bytes as the request's number says, which is as many as there are.
@@ -48,5 +55,7 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(ask(&null, 0x8090_ae81, &mut [0; 143]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert!(ask(&null, 0x8090_ae81, &mut [0; 144]).is_err());
+        // KVM_GET_MSRS writes behind its head.
+        assert_eq!(ask(&null, reads(0x88, 8), &mut [0; 8]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 }
