@@ -168,9 +168,6 @@ fn a_linux_goes_on_where_its_snapshot_was_written() {
     let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro", disk.display());
     let Some(mut shell) = Shell::start(&words, "virtio_blk virtio-rng") else { return };
     shell.run("echo kept >/tmp/file; head -c 6 /dev/vda");
-    // On an emulated host a clock may be late, which a kernel says of any machine there.
-    let complaints = "dmesg -r | grep '^<[0-4]>' | grep -v clocksource";
-    let before = shell.ask(complaints);
     let told = bantam(&format!("snapshot {name} {}", folder.display())).run().expect(0).out();
     guest::note(&told);
     shell.is("cat /tmp/file", "kept");
@@ -184,10 +181,10 @@ fn a_linux_goes_on_where_its_snapshot_was_written() {
         shell.is("cat /tmp/file", "kept");
         shell.is("echo 3 >/proc/sys/vm/drop_caches; head -c 6 /dev/vda; head -c 512 /dev/hwrng | wc -c", "bantam512");
         shell.run("for cpu in 1 2; do taskset $cpu sleep 0.2 || exit; done");
-        shell.is(complaints, &before);
-        let clocks = shell.ask("dmesg | grep clocksource | tail -n 3");
-        guest::note(&format!("of its clocks it says {clocks:?}"));
-        shell.leave("poweroff -f\n");
+        // On an emulated host a clock may be read late, which a kernel says of any machine there.
+        let complaints = shell.ask("dmesg -r | grep '^<[0-4]>' | grep -v clocksource | sed 's/^/check dmesg: /'");
+        let told = shell.leave("poweroff -f\n");
+        assert!(told.complaints().is_empty(), "{complaints}");
     }
     assert_eq!(numbers.len(), 2, "both have the same random numbers: {numbers:?}");
 }

@@ -135,7 +135,8 @@ fn a_virtio_console_and_a_balloon() {
         "32 MiB in the balloon: {before} MiB available, then {after}; the host has made {} MiB",
         small / MIB
     ));
-    assert!(after + 24 < before && small < free + 16 * MIB, "{before}, {after}, {}", small / MIB);
+    // What is available moves by ten MiB by itself while a kernel settles.
+    assert!(after + 16 < before && small < free + 16 * MIB, "{before}, {after}, {}", small / MIB);
     common::bantam(&format!("balloon {name} 0")).run().expect(0);
     let start = Instant::now();
     while !actual().starts_with("0 in the balloon") {
