@@ -51,7 +51,7 @@ pub enum Command {
     /// Writes a snapshot of a machine.
     Snapshot(String, PathBuf),
     /// Goes on with the machine of a snapshot.
-    Restore(PathBuf, Config),
+    Restore(PathBuf, Box<Manifest>, Config),
     /// Say how large a machine's balloon shall be, or show it.
     Balloon(String, Option<Size>),
     /// Print a text to stdout: help, version, completions, the manual page.
@@ -311,15 +311,15 @@ fn other(matches: &ArgMatches) -> Result<Command> {
 /// The machine of a snapshot, with what it is to have another of.
 fn restore(words: &ArgMatches) -> Result<Command> {
     let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
-    let own = Manifest::open(folder)?.config;
-    let config = config(own.clone(), words)?;
+    let manifest = Manifest::open(folder)?;
+    let config = config(manifest.config.clone(), words)?;
     load::check(&config)?;
-    match config.differs_from(&own) {
+    match config.differs_from(&manifest.config) {
         Some(name) => {
             let why = format!("--{name}: a machine that goes on is what its snapshot says");
             Err(usage(why).hint("`bantam inspect FOLDER` shows what it is").into())
         }
-        None => Ok(Command::Restore(folder.clone(), config)),
+        None => Ok(Command::Restore(folder.clone(), Box::new(manifest), config)),
     }
 }
 

@@ -11,21 +11,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::{File, Run, Started, bantam, file, kvm};
+use common::place::{Place, chatter, grows, size};
+use common::{File, Started, bantam, file, kvm};
 use serde_json::Value;
 
-/// A place for sockets of one test.
-struct Place(tempfile::TempDir);
-
 impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn run(&self, words: &str) -> Run {
-        bantam(words).env("XDG_RUNTIME_DIR", self.0.path().to_str().unwrap())
-    }
-
     fn folder(&self) -> PathBuf {
         self.0.path().join("bantam")
     }
@@ -230,7 +220,7 @@ fn top_gives_the_terminal_back_when_a_signal_ends_it() {
     }
     let (place, guest) = (Place::new(), spin());
     let machine = place.machine(&guest, "--name x");
-    let pid = place.0.path().join("pid");
+    let pid = place.path("pid");
     let top = format!("sh -c 'echo $$ > {}; exec {} top x'", pid.display(), common::program().display());
     let mut script = std::process::Command::new("script");
     script.args(["-qec", &format!("{top}; echo status $?; stty -a"), "/dev/null"]);
@@ -310,45 +300,31 @@ fn p33_a_thousand_connections_leave_room_for_one_that_asks() {
     end(machine);
 }
 
-/// A byte to the serial port, again and again.
-fn chatter() -> File {
-    let x86: &[u8] = &[0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd];
-    let arm64 = [0xd2a1_2001_u32, 0x3900_0020, 0x17ff_ffff].map(u32::to_le_bytes).concat();
-    file(if cfg!(target_arch = "x86_64") { x86 } else { &arm64 })
-}
-
 #[test]
 fn a_paused_machine_stands_still_until_it_is_to_go_on() {
     if !kvm() {
         return;
     }
     let (place, guest) = (Place::new(), chatter());
-    let out = place.0.path().join("out");
+    let out = place.path("out");
     let started = place.machine(&guest, &format!("--name still --serial file:{}", out.display()));
-    let size = || std::fs::metadata(&out).map_or(0, |file| file.len());
-    let grows = |from: u64| {
-        let until = Instant::now() + common::within(10.0);
-        while size() <= from && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        size() > from
-    };
     let tell = |words: &str| {
         place.run(words).run().expect(0).said_nothing();
     };
-    assert!(grows(0));
+    grows(&out, 0);
     for _ in 0..3 {
         tell("pause still");
         tell("pause still");
         // What was printed before is still written.
         std::thread::sleep(common::within(0.1));
-        let before = size();
+        let before = size(&out);
         assert!(place.run("ps").run().out().contains(" paused "));
         std::thread::sleep(Duration::from_millis(200));
-        assert_eq!(size(), before);
+        assert_eq!(size(&out), before);
         tell("resume still");
         tell("resume still");
-        assert!(grows(before) && place.run("ps").run().out().contains(" running "));
+        grows(&out, before);
+        assert!(place.run("ps").run().out().contains(" running "));
     }
     // One after the other, each answered once it is done.
     let mut stream = UnixStream::connect(place.socket("still")).unwrap();

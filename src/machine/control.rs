@@ -120,16 +120,8 @@ impl Control {
         let Some(server) = server else { return Ok(Wish::default()) };
         info.age = started.elapsed().as_secs_f64();
         info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
-        server.serve(readiness, ready, &mut |request| match request {
-            Request::Balloon { size } => Some(aim(balloon.as_deref(), size, info.memory)),
-            Request::Pause {} => be(State::Paused, info, wish),
-            Request::Resume {} => be(State::Running, info, wish),
-            Request::Snapshot { path } => {
-                wish.snapshot = Some(path);
-                None
-            }
-            _ => Some(answer(request, info, telling, wish)),
-        })?;
+        let balloon = balloon.as_deref();
+        server.serve(readiness, ready, &mut |request| answer(request, info, telling, balloon, wish))?;
         Ok(std::mem::take(wish))
     }
 
@@ -184,7 +176,14 @@ fn aim(balloon: Option<&balloon::Wish>, size: Option<u64>, memory: u64) -> Answe
     serde_json::to_string(&balloon.told()).map_err(|e| e.to_string())
 }
 
-fn answer(request: Request, info: &Info, telling: &Telling, wish: &mut Wish) -> Answer {
+/// Answers a request; none where somebody carries it out first, as `wish` says then.
+fn answer(
+    request: Request,
+    info: &Info,
+    telling: &Telling,
+    balloon: Option<&balloon::Wish>,
+    wish: &mut Wish,
+) -> Option<Answer> {
     let json = match (request, telling.stats()) {
         (Request::Ping {}, stats) => {
             let exits_per_second = stats.map(|stats| stats.report().per_second());
@@ -197,18 +196,22 @@ fn answer(request: Request, info: &Info, telling: &Telling, wish: &mut Wish) -> 
         }
         (Request::Stats { start: true }, None) => {
             wish.count = true;
-            return Ok("null".into());
-        }
-        (Request::Stop {}, _) => {
-            wish.stop = true;
-            return Ok("null".into());
-        }
-        (Request::Balloon { .. } | Request::Pause {} | Request::Resume {} | Request::Snapshot { .. }, _) => {
-            return Err("answered before".into());
+            return Some(Ok("null".into()));
         }
         (Request::Stats { start: false }, None) => {
-            return Err("this machine keeps no statistics; start it with --stats".into());
+            return Some(Err("this machine keeps no statistics; start it with --stats".into()));
+        }
+        (Request::Balloon { size }, _) => return Some(aim(balloon, size, info.memory)),
+        (Request::Stop {}, _) => {
+            wish.stop = true;
+            return Some(Ok("null".into()));
+        }
+        (Request::Pause {}, _) => return be(State::Paused, info, wish),
+        (Request::Resume {}, _) => return be(State::Running, info, wish),
+        (Request::Snapshot { path }, _) => {
+            wish.snapshot = Some(path);
+            return None;
         }
     };
-    json.map_err(|e| e.to_string())
+    Some(json.map_err(|e| e.to_string()))
 }

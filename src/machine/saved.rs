@@ -37,13 +37,13 @@ impl Machine<Paused> {
     /// # Errors
     /// It is a machine of another kind, or the snapshot is not as it was written.
     pub fn load(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let State { cpus, kvm, devices } = &snapshot.state;
+        let State { cpus, kvm: of_kvm, devices } = &snapshot.state;
         snapshot.fill(&self.memory)?;
         anyhow::ensure!(cpus.len() == self.state.vcpus.len(), "the state is that of {} CPUs", cpus.len());
         for (vcpu, saved) in self.state.vcpus.iter().zip(cpus) {
-            arch::load_cpu(crate::vm::kvm()?, vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;
+            arch::load_cpu(kvm()?, vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;
         }
-        arch::load_vm(self.vm.fd(), &self.cpus(), kvm)?;
+        arch::load_vm(self.vm.fd(), &self.cpus(), of_kvm)?;
         // Last: what raises an interrupt needs somebody to raise it to.
         self.board.buses.load(devices)
     }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 
@@ -19,7 +20,7 @@ use crate::bus::Saved;
 use crate::config::{Config, Size};
 use crate::error::{Refusal, refuse};
 use crate::host::say::printable;
-use crate::memory::{Memory, Span};
+use crate::memory::{Memory, Slot, Span};
 
 /// The version of all that is written here.
 const FORMAT: u32 = 1;
@@ -60,6 +61,25 @@ struct Ram {
     bytes: u64,
     /// The number and the sum of each block that is not all zeroes.
     blocks: Vec<(u64, String)>,
+}
+
+impl Ram {
+    /// Bytes that are not zeroes, in whole blocks.
+    fn kept(&self) -> u64 {
+        self.blocks.len() as u64 * BLOCK
+    }
+}
+
+/// Where each mapping of RAM begins in the file, and how long that is: each begins a block.
+fn places(memory: &Memory) -> (Vec<(u64, Span)>, u64) {
+    let mut end = 0;
+    let place = |slot: Slot| {
+        let start = end;
+        end += slot.span.size.next_multiple_of(BLOCK);
+        (start, slot.span)
+    };
+    let places = memory.slots().into_iter().map(place).collect();
+    (places, end)
 }
 
 /// A disk's file as it was: RAM knows what is on it.
@@ -220,7 +240,7 @@ fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Mem
         state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
         memory: ram,
     };
-    let written = Written { memory: manifest.memory.blocks.len() as u64 * BLOCK };
+    let written = Written { memory: manifest.memory.kept() };
     let manifest = serde_json::to_vec_pretty(&manifest)?;
     put(&folder.join(MANIFEST), &manifest)?;
     put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes())?;
@@ -231,17 +251,17 @@ fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Mem
 /// Writes RAM, but for what is all zeroes.
 fn pour(path: &Path, memory: &Memory) -> Result<Ram> {
     let file = make(path)?;
-    let (mut start, mut blocks) = (0u64, Vec::new());
+    let ((places, all), mut blocks) = (places(memory), Vec::new());
     let mut bytes = vec![0; BLOCK as usize];
-    for slot in memory.slots() {
+    for (start, span) in places {
         // Two parts may lie in one block.
         let mut next = 0;
-        for part in memory.touched(slot.span) {
-            let (first, end) = (part.start - slot.span.start, part.last() - slot.span.start);
+        for part in memory.touched(span) {
+            let (first, end) = (part.start - span.start, part.last() - span.start);
             for block in next.max(first / BLOCK)..=end / BLOCK {
-                let size = BLOCK.min(slot.span.size - block * BLOCK);
+                let size = BLOCK.min(span.size - block * BLOCK);
                 let place = bytes.get_mut(..size as usize).unwrap_or_default();
-                memory.read(slot.span.start + block * BLOCK, place)?;
+                memory.read(span.start + block * BLOCK, place)?;
                 if place.iter().any(|byte| *byte != 0) {
                     let at = start + block * BLOCK;
                     file.write_all_at(place, at).with_context(|| format!("writing {}", path.display()))?;
@@ -250,10 +270,9 @@ fn pour(path: &Path, memory: &Memory) -> Result<Ram> {
             }
             next = end / BLOCK + 1;
         }
-        start += slot.span.size.next_multiple_of(BLOCK);
     }
-    file.set_len(start).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))?;
-    Ok(Ram { bytes: start, blocks })
+    file.set_len(all).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))?;
+    Ok(Ram { bytes: all, blocks })
 }
 
 /// Reads a whole file of a snapshot.
@@ -272,6 +291,14 @@ fn broken(path: &Path, why: &str) -> Refusal {
     refuse(format!("{}: {why}", path.display()))
 }
 
+fn changed(path: &Path) -> Refusal {
+    broken(path, "it is not as it was written (its sum is another)")
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(bytes).map_err(|e| broken(path, &e.to_string()))
+}
+
 impl Manifest {
     /// Reads a manifest, and checks that it is one for this program.
     ///
@@ -287,18 +314,18 @@ impl Manifest {
         }
         let bytes = take(&path)?;
         if take(&folder.join(MANIFEST_SUM))? != sum(&bytes).as_bytes() {
-            return Err(broken(&path, "it is not as it was written (its sum is another)").into());
+            return Err(changed(&path).into());
         }
         #[derive(Deserialize)]
         struct Format {
             format: u32,
         }
-        let Format { format } = serde_json::from_slice(&bytes).map_err(|e| broken(&path, &e.to_string()))?;
+        let Format { format } = parse(&path, &bytes)?;
         if format != FORMAT {
             let why = format!("it has format {format}; this Bantam knows format {FORMAT}");
             return Err(broken(&path, &why).into());
         }
-        let manifest: Self = serde_json::from_slice(&bytes).map_err(|e| broken(&path, &e.to_string()))?;
+        let manifest: Self = parse(&path, &bytes)?;
         if manifest.architecture != arch::NAME {
             let why = format!("a machine of {}; this host is {}", manifest.architecture, arch::NAME);
             return Err(broken(&path, &why).into());
@@ -313,7 +340,7 @@ impl std::fmt::Display for Manifest {
         writeln!(f, "snapshot: of an {architecture} machine, format {FORMAT}, by Bantam {bantam}")?;
         writeln!(f, "guest: {}", printable(guest).replace('\n', "\\n"))?;
         writeln!(f, "machine: {} CPUs, {} of RAM", config.cpus.count(), config.memory)?;
-        writeln!(f, "memory: {} that are not zeroes", Size(memory.blocks.len() as u64 * BLOCK))
+        writeln!(f, "memory: {} that are not zeroes", Size(memory.kept()))
     }
 }
 
@@ -323,7 +350,14 @@ impl Snapshot {
     /// # Errors
     /// It is not complete, or not as it was written; the file that is not is named.
     pub fn open(folder: &Path) -> Result<Self> {
-        let manifest = Manifest::open(folder)?;
+        Self::of(folder, Manifest::open(folder)?)
+    }
+
+    /// As [`Snapshot::open`], with the manifest that was read from there.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn of(folder: &Path, manifest: Manifest) -> Result<Self> {
         for disk in &manifest.disks {
             if Disk::at(&disk.path)? != *disk {
                 let why = "this disk has been written to since the snapshot was, and its machine would not know";
@@ -333,9 +367,9 @@ impl Snapshot {
         let path = folder.join(STATE);
         let bytes = take(&path)?;
         if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != manifest.state {
-            return Err(broken(&path, "it is not as it was written (its sum is another)").into());
+            return Err(changed(&path).into());
         }
-        let state = serde_json::from_slice(&bytes).map_err(|e| broken(&path, &e.to_string()))?;
+        let state = parse(&path, &bytes)?;
         let path = folder.join(MEMORY);
         let memory = File::open(&path).map_err(|e| broken(&path, &e.to_string()))?;
         let size = memory.metadata().with_context(|| path.display().to_string())?.len();
@@ -352,28 +386,22 @@ impl Snapshot {
     /// The file is not as it was written, or the machine is another.
     pub fn fill(&self, memory: &Memory) -> Result<()> {
         let mut bytes = vec![0; BLOCK as usize];
-        let mut slots = memory.slots().into_iter().map(|slot| slot.span);
-        let (mut slot, mut start) = (slots.next(), 0u64);
+        let (places, _) = places(memory);
         let mut before = None;
         for (block, xxh64) in &self.manifest.memory.blocks {
             let at = block.checked_mul(BLOCK).filter(|_| before.is_none_or(|before| before < *block));
             let at = at.context("the blocks of RAM are not in their order")?;
             before = Some(*block);
-            while let Some(span) = slot
-                && at - start >= span.size.next_multiple_of(BLOCK)
-            {
-                start += span.size.next_multiple_of(BLOCK);
-                slot = slots.next();
-            }
-            let Some(Span { start: first, size }) = slot else { bail!("there is RAM that the machine has not") };
-            let place = bytes.get_mut(..BLOCK.min(size - (at - start)) as usize).unwrap_or_default();
+            let place = places.iter().rev().find(|(start, span)| *start <= at && at - start < span.size);
+            let Some((start, span)) = place else { bail!("there is RAM that the machine has not") };
+            let place = bytes.get_mut(..BLOCK.min(span.size - (at - start)) as usize).unwrap_or_default();
             let read = self.memory.read_exact_at(place, at);
             read.with_context(|| format!("reading {}", self.path.display()))?;
             if sum(place) != *xxh64 {
                 let why = format!("the {} bytes at {at:#x} are not as they were written", place.len());
                 return Err(broken(&self.path, &why).into());
             }
-            memory.write(first + (at - start), place)?;
+            memory.write(span.start + (at - start), place)?;
         }
         Ok(())
     }

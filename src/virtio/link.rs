@@ -172,12 +172,8 @@ impl Link {
     /// The host has no descriptor left.
     pub fn new(device: Box<dyn VirtioDevice>, number: u32, bench: Bench, memory: Memory) -> Result<Self> {
         let kind = device.kind();
-        let doorbells = kind
-            .queues
-            .iter()
-            .map(|_| eventfd().map(Arc::new))
-            .collect::<Result<_, _>>()
-            .context("eventfd for a queue")?;
+        let bell = |_: &u16| eventfd().map(Arc::new).context("eventfd for a queue");
+        let doorbells = kind.queues.iter().map(bell).collect::<Result<_>>()?;
         let view = View {
             space: Mutex::new(device.space()),
             generation: AtomicU32::new(0),

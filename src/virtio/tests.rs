@@ -380,6 +380,11 @@ fn a_device_answers_its_driver() {
     assert!(rig.drivers[1].used().is_none() && rig.drivers[1].out() == 0 && !rig.is_broken());
 }
 
+/// This host is one that `cargo xtask test` made, of QEMU without hardware's help.
+pub fn host_is_emulated() -> bool {
+    std::env::var_os("BANTAM_HOST_IS_TCG").is_some()
+}
+
 /// Says that this test did not run, to who counts such tests (`cargo xtask test`), and why.
 pub fn skipped(why: &str) {
     use std::io::Write as _;

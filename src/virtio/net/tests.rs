@@ -10,7 +10,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::tests::{Rig, skipped};
+use crate::virtio::tests::{Rig, host_is_emulated, skipped};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -342,7 +342,7 @@ fn p39_a_tap_interface_that_goes_away_is_a_link_that_is_down() {
 /// Where passt is installed: it answers for any address of its network.
 #[test]
 fn passt_answers_and_its_end_is_a_link_that_is_down() {
-    if std::env::var_os("BANTAM_HOST_IS_TCG").is_some() {
+    if host_is_emulated() {
         return skipped("a test host has no way out that passt could show; tests/net.rs makes one there");
     }
     let Ok(device) = Net::new(&"user".parse().unwrap(), None, 0) else { return skipped("there is no passt") };

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::packet::{NO_RECEIVE, NO_SEND};
 use super::*;
-use crate::virtio::tests::Rig;
+use crate::virtio::tests::{Rig, host_is_emulated};
 
 const CID: u64 = 3;
 const RX: usize = 0;
@@ -309,7 +309,7 @@ fn p40_ten_thousand_connections_both_ways() {
     let mut guest = Guest::new(128);
     let server = guest.server();
     // A host that is emulated takes a second for a hundred.
-    let waves = if std::env::var_os("BANTAM_HOST_IS_TCG").is_some() { 4 } else { 40 };
+    let waves = if host_is_emulated() { 4 } else { 40 };
     for wave in 0..waves {
         let mut open = Vec::new();
         for n in 0..WAVE {
