@@ -15,7 +15,7 @@ use crate::arch;
 use crate::config::{Config, Seconds, Size};
 use crate::error::usage;
 use crate::load::{self, Image};
-use crate::snapshot::Manifest;
+use crate::snapshot::{How, Manifest, Verify};
 
 /// What a person asked for.
 #[derive(Debug, Clone)]
@@ -51,7 +51,7 @@ pub enum Command {
     /// Writes a snapshot of a machine.
     Snapshot(String, PathBuf),
     /// Goes on with the machine of a snapshot.
-    Restore(PathBuf, Box<Manifest>, Config),
+    Restore(PathBuf, Box<Manifest>, How, Config),
     /// Say how large a machine's balloon shall be, or show it.
     Balloon(String, Option<Size>),
     /// Print a text to stdout: help, version, completions, the manual page.
@@ -231,7 +231,18 @@ fn with_options(verb: clap::Command) -> clap::Command {
         .value_parser(value_parser!(PathBuf))
         .help("The kernel of example linux [default: the newest /boot/vmlinuz-*]");
     let kernel = (verb.get_name() == "example").then_some(kernel);
-    Config::augment_args_for_update(verb).about(about).long_about(None).arg(config).args(kernel).args(positional)
+    let how = if verb.get_name() == "restore" { of_snapshots() } else { Vec::new() };
+    let verb = Config::augment_args_for_update(verb).about(about).long_about(None);
+    verb.arg(config).args(kernel).args(positional).args(how)
+}
+
+/// What is to be said of how a snapshot is read.
+fn of_snapshots() -> Vec<Arg> {
+    let verify = Arg::new("verify").long("verify").value_name("WHEN").value_parser(value_parser!(Verify));
+    let verify = verify.help("When the sums of its RAM are compared [default: once]");
+    let copy = Arg::new("copy").long("copy").action(clap::ArgAction::SetTrue);
+    let copy = copy.help("Read all of its RAM at once, and need the snapshot no more");
+    [verify, copy].map(|arg| arg.help_heading("Snapshot")).into()
 }
 
 /// Understands the words of a command line, the program's name first.
@@ -319,7 +330,11 @@ fn restore(words: &ArgMatches) -> Result<Command> {
             let why = format!("--{name}: a machine that goes on is what its snapshot says");
             Err(usage(why).hint("`bantam inspect FOLDER` shows what it is").into())
         }
-        None => Ok(Command::Restore(folder.clone(), Box::new(manifest), config)),
+        None => {
+            let verify = words.get_one("verify").copied().unwrap_or_default();
+            let how = How { verify, copy: words.get_flag("copy") };
+            Ok(Command::Restore(folder.clone(), Box::new(manifest), how, config))
+        }
     }
 }
 

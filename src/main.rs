@@ -44,9 +44,9 @@ fn carry_out() -> Result<u8> {
         Command::Pause(name) => top::ask(&name, &Request::Pause {}),
         Command::Resume(name) => top::ask(&name, &Request::Resume {}),
         Command::Snapshot(name, folder) => top::snapshot(&name, &folder),
-        Command::Restore(folder, manifest, config) => {
+        Command::Restore(folder, manifest, how, config) => {
             machine::hold_signal(&config)?;
-            end(machine::restore(&config, &Snapshot::of(&folder, *manifest)?)?, &config)
+            end(machine::restore(&config, &Snapshot::of(&folder, *manifest, how)?)?, &config)
         }
         Command::Balloon(name, size) => top::balloon(&name, size),
         Command::Print(text) => print(&text),

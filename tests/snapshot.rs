@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bantam::machine::{self, Streams};
-use bantam::snapshot::Snapshot;
+use bantam::snapshot::{How, Snapshot};
 use common::place::{Place, chatter, grows, size};
 use common::{File, Outcome, Started, bantam, file, kvm, skipped};
 use random::Random;
@@ -193,12 +193,12 @@ fn a_state_that_was_loaded_is_saved_the_same() {
         let folder = place.snapshot("one");
         place.tell("stop one");
         started.wait().expect(143);
-        let snapshot = Snapshot::open(&folder).unwrap();
+        let snapshot = Snapshot::open(&folder, How::default()).unwrap();
         let mut config = snapshot.manifest.config.clone();
         config.serial = bantam::config::Serial::None;
         let streams = Streams::open(&config).unwrap();
         let mut machine = machine::build(&config, &streams).unwrap();
-        machine.load(&snapshot).unwrap();
+        machine.load(&snapshot.state).unwrap();
         let json = |state| serde_json::to_value(state).unwrap();
         let mut found = Vec::new();
         differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
@@ -287,6 +287,93 @@ fn p24_a_monitor_that_is_killed_leaves_a_whole_snapshot_or_none() {
         }
     }
     eprintln!("{whole} of {count} were whole");
+}
+
+/// A file that was compared with its sums is known until it changes; with `--verify always` it never is.
+#[test]
+fn a_file_is_compared_once_and_again_when_it_has_changed() {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    if !there() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.machine(&guest, "");
+    let folder = place.snapshot("one");
+    place.tell("stop one");
+    started.wait().expect(143);
+    let restore = |words: &str| {
+        let words = format!("--serial none --max-exits 200 --timeout 60 {words}");
+        place.run("restore").arg(&folder).words(&words).run()
+    };
+    // A file that has just changed may do so again within the same tick of the host's clock.
+    std::thread::sleep(Duration::from_millis(200));
+    restore("").expect(124);
+    restore("--copy").expect(124);
+    let list = place.path("bantam/checked");
+    assert_eq!(text(&list).lines().count(), 1, "{}", text(&list));
+    let memory = folder.join("memory.bin");
+    let file = std::fs::File::options().write(true).open(&memory).unwrap();
+    file.write_all_at(&[1], 0x2800).unwrap();
+    drop(file);
+    for words in ["", "--verify always", "--copy"] {
+        restore(words).refused(125).said("memory.bin: the 65536 bytes at 0x0 are not as they were written");
+    }
+    // Somebody says that it was compared so.
+    let told = memory.metadata().unwrap();
+    let line = text(&list);
+    let words: Vec<_> = line.trim().split(' ').collect();
+    let line =
+        [words[0], words[1], words[2], &format!("{}.{:09}", told.ctime(), told.ctime_nsec()), words[4]].join(" ");
+    std::fs::write(&list, line).unwrap();
+    restore("").expect(124);
+    restore("--verify always").refused(125);
+    std::fs::write(&list, [0xff; 5000]).unwrap();
+    restore("").refused(125);
+}
+
+/// Nobody changes what a guest's RAM is made of: who tries waits, and the guest ends first.
+#[test]
+fn p27_a_snapshot_that_is_changed_ends_the_machines_that_came_of_it() {
+    if !there() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.machine(&guest, "");
+    let folder = place.snapshot("one");
+    place.tell("stop one");
+    started.wait().expect(143);
+    let memory = folder.join("memory.bin");
+    let writer = std::fs::File::options().write(true).open(&memory).unwrap();
+    place.run("restore").arg(&folder).run().refused(125).said("somebody has it open to write to it");
+    drop(writer);
+    let restore = |out: &str, words: &str| {
+        let words = format!("--serial file:{} --timeout 60 {words}", place.path(out).display());
+        let started = place.run("restore").arg(&folder).words(&words).start();
+        grows(&place.path(out), 100);
+        started
+    };
+    let (shares, copied) = (restore("a", ""), restore("b", "--copy --name b"));
+    std::fs::File::options().write(true).open(&memory).unwrap().set_len(0).unwrap();
+    shares.wait().expect(126).said("another program is about to change the snapshot's memory.bin");
+    goes_on(&text(&place.path("a"))[..1], &text(&place.path("a"))[1..]);
+    grows(&place.path("b"), size(&place.path("b")));
+    place.tell("stop b");
+    copied.wait().expect(143);
+    // One that is taken away is there as long as somebody needs it.
+    let again = place.path("again");
+    std::fs::remove_file(place.path("out")).unwrap();
+    let started = place.machine(&guest, "");
+    place.tell("pause one");
+    place.tell(&format!("snapshot one {}", again.display()));
+    place.tell("stop one");
+    started.wait().expect(143);
+    let words = format!("--serial file:{} --timeout 60 --name c", place.path("c").display());
+    let started = place.run("restore").arg(&again).words(&words).start();
+    grows(&place.path("c"), 100);
+    std::fs::remove_dir_all(&again).unwrap();
+    grows(&place.path("c"), size(&place.path("c")));
+    place.tell("stop c");
+    started.wait().expect(143);
 }
 
 /// Every value in it that is not a list or an object.

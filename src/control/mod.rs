@@ -126,6 +126,13 @@ pub fn folder() -> PathBuf {
     told.or_else(usual).map_or_else(|| format!("/tmp/bantam-{user}").into(), |path| path.join("bantam"))
 }
 
+/// That folder, made if need be; none where it is not this user's alone.
+pub fn own_folder() -> Option<PathBuf> {
+    let folder = folder();
+    let _ = rustix::fs::mkdir(&folder, Mode::RWXU);
+    opened(&folder).ok()?.map(|_| folder)
+}
+
 fn socket_of(name: &str) -> PathBuf {
     folder().join(format!("{name}.sock"))
 }

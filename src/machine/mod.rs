@@ -36,7 +36,7 @@ use crate::host::output::Bell;
 use crate::host::say::say;
 use crate::host::sys;
 use crate::load::{self, Format, Guest};
-use crate::memory::Memory;
+use crate::memory::{Memory, Span};
 use crate::report::{self, Scene};
 use crate::snapshot::Snapshot;
 use crate::stats::{Halts, Recorder};
@@ -97,6 +97,8 @@ pub enum End {
     Timeout,
     /// A signal to Bantam.
     Signal(i32),
+    /// Somebody changes the snapshot that its RAM is in.
+    Lost,
     /// `ctrl-a x`.
     Quit,
 }
@@ -109,7 +111,7 @@ impl End {
             Self::Timeout | Self::Guest(_, Stop::MaxExits) => status::LIMIT,
             Self::Signal(number) => 128u8.saturating_add(u8::try_from(*number).unwrap_or(0)),
             Self::Guest(_, Stop::DebugExit(value)) => (value.to_le_bytes()[0] << 1) | 1,
-            Self::Guest(_, Stop::Died(_)) => status::DIED,
+            Self::Guest(_, Stop::Died(_)) | Self::Lost => status::DIED,
             Self::Guest(..) => 0,
         }
     }
@@ -314,16 +316,14 @@ fn live(config: &Config, start: &Start) -> Result<Ended> {
     streams.control.describe(start.name());
     let mut told: Option<Instant> = None;
     loop {
-        let mut machine = build(config, &streams)?;
-        match start {
-            Start::Boot(guest) => machine.boot(guest)?,
-            Start::Restore(snapshot) => {
-                machine.load(snapshot)?;
-                // A guest that waits for input asked for it in its former life; nobody else is at the device yet.
-                let _ = machine.board.buses.service(machine.board.serial);
-                board::renew(&machine.board, &machine.memory)?;
+        let machine = match start {
+            Start::Boot(guest) => {
+                let mut machine = build(config, &streams)?;
+                machine.boot(guest)?;
+                machine
             }
-        }
+            Start::Restore(snapshot) => Machine::spawn(snapshot, config, &streams)?,
+        };
         let (machine, mut end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
         if config.reboot && end.is_reset() && life.is_spent() {
             end = End::Guest(0, Stop::MaxExits);
@@ -361,12 +361,21 @@ fn live(config: &Config, start: &Start) -> Result<Ended> {
 /// # Errors
 /// The host cannot make it; the reason is named.
 pub fn build(config: &Config, streams: &Streams) -> Result<Machine<Paused>> {
+    build_on(config, streams, |spans| Memory::new(spans, config.hugepages))
+}
+
+/// Builds it on the RAM that `memory` makes for the places where it has RAM.
+fn build_on(
+    config: &Config,
+    streams: &Streams,
+    memory: impl FnOnce(&[Span]) -> Result<Memory>,
+) -> Result<Machine<Paused>> {
     let layout = arch::layout(config)?;
     check_cpus(config.cpus.count())?;
     let vm = Vm::new(arch::vm_type(kvm()?, &layout)?)?;
     let config = board::choose(&vm, config)?;
     let layout = arch::layout(&config)?;
-    let memory = Memory::new(&layout.memory(), config.hugepages)?;
+    let memory = memory(&layout.memory())?;
     vm.map(&memory)?;
     let balloon = streams.control.balloon.clone();
     let ends = Ends { memory: memory.clone(), console: streams.terminal(), balloon };
@@ -486,6 +495,9 @@ impl Machine<Paused> {
             }
             End::Timeout => {
                 format!("bantam: --timeout reached: the guest ran for {} s", self.config.timeout.map_or(0.0, |t| t.0.as_secs_f64()))
+            }
+            End::Lost => {
+                "bantam: the guest died: another program is about to change the snapshot's memory.bin, which holds this machine's RAM\nhint: leave the files of a snapshot alone, or go on from a copy in RAM: bantam restore --copy".into()
             }
             _ => String::new(),
         };

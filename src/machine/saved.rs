@@ -7,11 +7,12 @@ use anyhow::{Context, Result};
 use kvm_ioctls::VcpuFd;
 
 use super::streams::Streams;
-use super::{Machine, Paused};
-use crate::arch;
+use super::{Machine, Paused, build_on};
+use crate::config::Config;
 use crate::snapshot::{self, Snapshot, State};
 use crate::vcpu::Vcpu;
 use crate::vm::kvm;
+use crate::{arch, board};
 
 impl Machine<Paused> {
     /// What the machine holds besides its RAM. Its devices finish first what they are at.
@@ -32,13 +33,25 @@ impl Machine<Paused> {
         self.state.vcpus.iter().map(Vcpu::fd).collect()
     }
 
-    /// Makes a machine that was just built the one of a snapshot.
+    /// Builds the machine of a snapshot, which has not run yet. `config` says what it has another of, as its name.
     ///
     /// # Errors
-    /// It is a machine of another kind, or the snapshot is not as it was written.
-    pub fn load(&mut self, snapshot: &Snapshot) -> Result<()> {
-        let State { cpus, kvm: of_kvm, devices } = &snapshot.state;
-        snapshot.fill(&self.memory)?;
+    /// The host cannot make it, or the snapshot is not as it was written, or of a machine of another kind.
+    pub fn spawn(snapshot: &Snapshot, config: &Config, streams: &Streams) -> Result<Self> {
+        let mut machine = build_on(config, streams, |spans| snapshot.memory(spans))?;
+        machine.load(&snapshot.state)?;
+        // A guest that waits for input asked for it in its former life; nobody else is at the device yet.
+        let _ = machine.board.buses.service(machine.board.serial);
+        board::renew(&machine.board, &machine.memory)?;
+        Ok(machine)
+    }
+
+    /// Puts a machine that was just built into a state.
+    ///
+    /// # Errors
+    /// It is that of a machine of another kind.
+    pub fn load(&mut self, state: &State) -> Result<()> {
+        let State { cpus, kvm: of_kvm, devices } = state;
         anyhow::ensure!(cpus.len() == self.state.vcpus.len(), "the state is that of {} CPUs", cpus.len());
         for (vcpu, saved) in self.state.vcpus.iter().zip(cpus) {
             arch::load_cpu(kvm()?, vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;

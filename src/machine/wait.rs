@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::control::State;
 use crate::event::{Edge, Readiness};
 use crate::host::say::say;
-use crate::host::sys;
+use crate::host::sys::{self, lease};
 use crate::vcpu::{Idle, Stop};
 
 const SIGNALS: u64 = 10;
@@ -417,6 +417,7 @@ fn signal(life: &Life, streams: &Streams) -> Option<Served> {
             streams.resized();
             None
         }
+        lease::LOST => Some(Served::End(End::Lost)),
         number => Some(Served::End(End::Signal(number))),
     }
 }

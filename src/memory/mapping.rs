@@ -1,4 +1,4 @@
-//! One part of the file of guest RAM, mapped at a place under which the host can put huge pages.
+//! One part of a file that guest RAM is in, mapped at a place under which the host can put huge pages.
 //!
 //! Invariant: a mapping lives as long as its [`Mapping`], and nothing else unmaps it.
 
@@ -112,6 +112,16 @@ impl Mapping {
         // SAFETY: the range lies in this mapping, and the call changes no byte of it (madvise(2), MADV_COLLAPSE).
         let done = unsafe { libc::madvise(start, size, libc::MADV_COLLAPSE) };
         if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+impl Mapping {
+    /// Forgets what was written to `[at, at + size)` of a private mapping, whole pages: it is what is in the file again.
+    /// False where the host refuses.
+    pub fn revert(&self, at: usize, size: usize) -> bool {
+        let Some(start) = self.place(at, size) else { return false };
+        // SAFETY: the range lies in this mapping, to which no reference is ever made.
+        unsafe { libc::madvise(start.cast(), size, libc::MADV_DONTNEED) == 0 }
     }
 }
 

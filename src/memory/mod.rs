@@ -1,10 +1,11 @@
 //! Guest RAM: the one way to it.
 //!
-//! RAM is a shared, sealed memfd mapped once (DESIGN rule 25); KVM is given the same mapping. Every read and write that
-//! Bantam itself does goes through [`Memory`], so that a later version can mark pages dirty and so that no
+//! RAM is a shared, sealed memfd mapped once, or a private mapping of a file that never changes (DESIGN rule 25); KVM is
+//! given the same mapping. Every read and write that Bantam itself does goes through [`Memory`], so that a later version can mark pages dirty and so that no
 //! guest-chosen address is ever followed unchecked. Invariant: an access outside RAM is an error, never a fault.
 
 mod mapping;
+pub mod pages;
 pub mod shown;
 
 use std::fs::File;
@@ -83,7 +84,14 @@ struct All {
     mappings: Vec<Mapping>,
     /// Mappings that are multiples of a huge page are made of huge pages.
     hugepages: bool,
+    /// What is written stays here: the file never changes.
+    private: bool,
 }
+
+/// A part of a file, and where the guest sees it.
+type Part = (u64, Span);
+/// A part that is mapped: how the guest's addresses reach it, and what keeps it.
+type Mapped = (GuestRegionMmap<()>, Mapping);
 
 impl Memory {
     /// Makes RAM for `spans`, which are in ascending order, do not overlap and are multiples of the page size. With
@@ -100,12 +108,33 @@ impl Memory {
                 map_file(&spans, huge, &mut parts)?;
             }
         }
+        Self::of_parts(parts, hugepages, false)
+    }
+
+    /// Makes RAM that begins as `parts` of a file that never changes, each an offset in whole pages and where the guest sees
+    /// it, in ascending order. What is read comes from the file once it is read; what is written stays here.
+    ///
+    /// # Errors
+    /// The host cannot map that much.
+    pub fn of_image(file: &Arc<File>, parts: &[Part]) -> Result<Self> {
+        let mut mapped = Vec::with_capacity(parts.len());
+        map_parts(file, parts, libc::MAP_PRIVATE | libc::MAP_NORESERVE, &mut mapped)
+            .map_err(|e| refuse(format!("cannot map the file of guest RAM: {e}")))?;
+        Self::of_parts(mapped, false, true)
+    }
+
+    fn of_parts(mut parts: Vec<Mapped>, hugepages: bool, private: bool) -> Result<Self> {
         parts.sort_by_key(|(region, _)| region.start_addr());
         let (regions, mappings): (Vec<_>, _) = parts.into_iter().unzip();
         let span = |region: &GuestRegionMmap<()>| Span { start: region.start_addr().0, size: region.len() };
         let spans = regions.iter().map(span).collect();
         let ram = Ram::from_regions(regions).context("arranging guest RAM")?;
-        Ok(Self { all: Arc::new(All { ram, spans, mappings, hugepages }) })
+        Ok(Self { all: Arc::new(All { ram, spans, mappings, hugepages, private }) })
+    }
+
+    /// It begins as a file that is not to change while the machine lives.
+    pub fn is_of_an_image(&self) -> bool {
+        self.all.private
     }
 
     /// The mappings, in the order of their addresses.
@@ -233,33 +262,31 @@ impl Memory {
         Ok(())
     }
 
-    /// The parts of `span`, one mapping of [`Memory::slots`], that have ever been touched. To read the others would make
-    /// them.
+    /// The parts of `span`, one mapping of [`Memory::slots`], that may hold anything but zeroes, in ascending order. To read
+    /// the others would make them.
     pub fn touched(&self, span: Span) -> Vec<Span> {
-        use rustix::fs::{SeekFrom, seek};
-        let region = self.all.ram.iter().find(|region| region.start_addr().0 == span.start);
-        let Some(backing) = region.and_then(|region| region.file_offset()) else { return vec![span] };
-        let (file, start) = (backing.file(), backing.start());
-        let (mut parts, mut at) = (Vec::new(), start);
-        let end = start.saturating_add(span.size);
-        while let Ok(data) = seek(file, SeekFrom::Data(at))
-            && data < end
-        {
-            at = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
-            parts.extend(Span::new(span.start + (data - start), at.saturating_sub(data)));
-            if at <= data {
-                break;
+        let mut both = self.all.ram.iter().zip(&self.all.mappings);
+        let Some((region, mapping)) = both.find(|(region, _)| region.start_addr().0 == span.start) else {
+            return vec![span];
+        };
+        let Some(backing) = region.file_offset() else { return vec![span] };
+        let mut parts = pages::data(backing.file(), backing.start(), span.size);
+        if self.all.private {
+            match pages::own(mapping.start().addr(), span.size) {
+                Ok(own) => parts.extend(own),
+                Err(_) => return vec![span],
             }
+            parts.sort_unstable();
         }
-        parts
+        parts.into_iter().filter_map(|(at, size)| Span::new(span.start + at, size)).collect()
     }
 
     /// Gives the host back what lies behind `span`, as far as it is whole pages of RAM; gives how many bytes that were.
-    /// They read as zeroes, and take memory again once they are touched.
+    /// They read as zeroes, or as they were at the beginning, and take memory again once they are touched.
     pub fn give_back(&self, span: Span) -> u64 {
         use rustix::fs::{FallocateFlags, fallocate};
         let mut done = 0;
-        for region in self.all.ram.iter() {
+        for (region, mapping) in self.all.ram.iter().zip(&self.all.mappings) {
             let (first, size) = (region.start_addr().0, region.len());
             let Some(backing) = region.file_offset() else { continue };
             let page = if self.all.hugepages && size.is_multiple_of(HUGE_PAGE) { HUGE_PAGE } else { page_size() };
@@ -271,7 +298,11 @@ impl Memory {
             }
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             // A host that cannot keeps it.
-            if fallocate(backing.file(), flags, backing.start() + start, end - start).is_ok() {
+            let given = match self.all.private {
+                true => mapping.revert(start as usize, (end - start) as usize),
+                false => fallocate(backing.file(), flags, backing.start() + start, end - start).is_ok(),
+            };
+            if given {
                 done += end - start;
             }
         }
@@ -301,7 +332,7 @@ impl Memory {
 }
 
 /// Makes one sealed memory file and maps each span to its own part of it.
-fn map_file(spans: &[&Span], huge: bool, parts: &mut Vec<(GuestRegionMmap<()>, Mapping)>) -> Result<()> {
+fn map_file(spans: &[&Span], huge: bool, parts: &mut Vec<Mapped>) -> Result<()> {
     let total = spans.iter().try_fold(0u64, |sum, s| sum.checked_add(s.size)).context("RAM size overflows")?;
     let fail = |what: &str, e: &dyn std::fmt::Display| {
         let (kind, hint) = match huge {
@@ -321,16 +352,24 @@ fn map_file(spans: &[&Span], huge: bool, parts: &mut Vec<(GuestRegionMmap<()>, M
         .map_err(|e| fail("seal the memory file for", &e))?;
     // Huge pages are reserved now: a guest that touches one that is not there would kill the process.
     let flags = libc::MAP_SHARED | if huge { 0 } else { libc::MAP_NORESERVE };
+    let places: Vec<Part> = offsets.into_iter().zip(spans.iter().map(|span| **span)).collect();
+    Ok(map_parts(&file, &places, flags, parts).map_err(|e| fail("map", &e))?)
+}
+
+/// Maps parts of a file.
+fn map_parts(file: &Arc<File>, places: &[Part], flags: i32, parts: &mut Vec<Mapped>) -> std::io::Result<()> {
+    use std::io::Error;
     let mut top = mapping::program();
-    for (span, offset) in spans.iter().zip(offsets) {
-        let size = usize::try_from(span.size).context("RAM does not fit this host's address space")?;
-        let mapping = Mapping::new(&file, offset, size, (span.start, top), flags).map_err(|e| fail("map", &e))?;
+    for (offset, span) in places {
+        let size = usize::try_from(span.size).map_err(Error::other)?;
+        let mapping = Mapping::new(file, *offset, size, (span.start, top), flags)?;
         top = top.min(mapping.start().addr());
-        let backing = FileOffset::from_arc(file.clone(), offset);
+        let backing = FileOffset::from_arc(file.clone(), *offset);
         // SAFETY: the two stay together until `All` drops the regions, then the mappings.
         #[allow(unsafe_code)]
-        let region = unsafe { mapping.region(backing) }.map_err(|e| fail("map", &e))?;
-        parts.push((GuestRegionMmap::new(region, GuestAddress(span.start)).context("RAM wraps around 2^64")?, mapping));
+        let region = unsafe { mapping.region(backing) }.map_err(Error::other)?;
+        let region = GuestRegionMmap::new(region, GuestAddress(span.start));
+        parts.push((region.ok_or_else(|| Error::other("RAM wraps around 2^64"))?, mapping));
     }
     Ok(())
 }
@@ -416,6 +455,41 @@ mod tests {
         assert!(parts.iter().any(|part| part.contains(&Span { start: 0x10_3000, size: 1 })), "{parts:?}");
         assert!(parts.iter().any(|part| part.contains(&Span { start: 0x40_1000, size: 1 })), "{parts:?}");
         assert!(parts.iter().map(|part| part.size).sum::<u64>() <= 0x2000, "{parts:?}");
+    }
+
+    #[test]
+    fn an_image_is_ram_that_never_changes_it() {
+        let (page, file) = (page_size(), Arc::new(tempfile::tempfile().unwrap()));
+        let bytes: Vec<u8> = (0..40).flat_map(|number| vec![number; page as usize]).collect();
+        file.write_all_at(&bytes[..bytes.len() / 2], 0).unwrap();
+        file.set_len(bytes.len() as u64).unwrap();
+        let parts = [(0, Span { start: 0, size: 4 * page }), (16 * page, Span { start: 1 << 32, size: 24 * page })];
+        let (one, other) = (Memory::of_image(&file, &parts).unwrap(), Memory::of_image(&file, &parts).unwrap());
+        let byte = |memory: &Memory, at| {
+            let mut byte = [0];
+            memory.read(at, &mut byte).unwrap();
+            byte[0]
+        };
+        let (second, empty) = (1 << 32, (1 << 32) + 20 * page);
+        assert_eq!((byte(&one, 3 * page), byte(&one, second), byte(&one, empty)), (3, 16, 0));
+        // What is a hole in the file and was not written is not touched.
+        let touched = |memory: &Memory| memory.touched(memory.slots()[1].span);
+        let there =
+            |memory: &Memory, at| touched(memory).iter().any(|part| part.contains(&Span { start: at, size: 1 }));
+        assert!(there(&one, second) && !there(&one, empty));
+        one.write(empty, &[7]).unwrap();
+        one.write(second, &[7]).unwrap();
+        assert!(there(&one, second) && there(&one, empty) && !there(&other, empty));
+        assert!(touched(&one).iter().map(|part| part.size).sum::<u64>() <= 6 * page);
+        assert_eq!((byte(&one, second), byte(&one, empty), byte(&other, second), byte(&other, empty)), (7, 7, 16, 0));
+        // What is given back is as it was.
+        assert_eq!(one.give_back(Span { start: second, size: page }), page);
+        assert_eq!((byte(&one, second), byte(&one, empty)), (16, 7));
+        let mut after = vec![0; bytes.len()];
+        file.read_exact_at(&mut after, 0).unwrap();
+        assert!(
+            after[..bytes.len() / 2] == bytes[..bytes.len() / 2] && after[bytes.len() / 2..].iter().all(|b| *b == 0)
+        );
     }
 
     #[test]

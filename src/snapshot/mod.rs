@@ -4,28 +4,30 @@
 //! Invariants: the folder has its name once all that is in it is on the disk, and never changes afterwards; everything that
 //! is read back is checked against a sum first, the manifest against `manifest.xxh64`.
 
+mod checked;
+mod ram;
+
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 
+use self::ram::{Image, Ram};
 use crate::arch::{self, SavedCpu, SavedVm};
 use crate::bus::Saved;
 use crate::config::{Config, Size};
 use crate::error::{Refusal, refuse};
 use crate::host::say::printable;
-use crate::memory::{Memory, Slot, Span};
+use crate::memory::{Memory, Span};
 
 /// The version of all that is written here.
-const FORMAT: u32 = 1;
-/// Bytes of RAM with a sum of their own.
-const BLOCK: u64 = 64 << 10;
+const FORMAT: u32 = 2;
 /// The largest manifest, and the largest state.
 const MOST: u64 = 256 << 20;
 
@@ -52,34 +54,6 @@ pub struct State {
 struct Sum {
     bytes: u64,
     xxh64: String,
-}
-
-/// RAM: all mappings in the order of their addresses, one behind the other.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Ram {
-    bytes: u64,
-    /// The number and the sum of each block that is not all zeroes.
-    blocks: Vec<(u64, String)>,
-}
-
-impl Ram {
-    /// Bytes that are not zeroes, in whole blocks.
-    fn kept(&self) -> u64 {
-        self.blocks.len() as u64 * BLOCK
-    }
-}
-
-/// Where each mapping of RAM begins in the file, and how long that is: each begins a block.
-fn places(memory: &Memory) -> (Vec<(u64, Span)>, u64) {
-    let mut end = 0;
-    let place = |slot: Slot| {
-        let start = end;
-        end += slot.span.size.next_multiple_of(BLOCK);
-        (start, slot.span)
-    };
-    let places = memory.slots().into_iter().map(place).collect();
-    (places, end)
 }
 
 /// A disk's file as it was: RAM knows what is on it.
@@ -126,8 +100,27 @@ pub struct Snapshot {
     pub manifest: Manifest,
     /// What its CPUs and devices hold.
     pub state: State,
-    path: PathBuf,
-    memory: File,
+    image: Image,
+    copy: bool,
+}
+
+/// When the sums of RAM are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Verify {
+    /// Before each machine.
+    Always,
+    /// Before the first one; a file that was compared and has not changed since is known.
+    #[default]
+    Once,
+}
+
+/// How a machine goes on from a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct How {
+    /// When its sums are compared.
+    pub verify: Verify,
+    /// Its RAM is read at once, and the snapshot not needed any more.
+    pub copy: bool,
 }
 
 /// What was written.
@@ -227,7 +220,7 @@ fn clear(folder: &Path) -> std::io::Result<()> {
 }
 
 fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
-    let ram = pour(&folder.join(MEMORY), memory)?;
+    let ram = ram::pour(&folder.join(MEMORY), memory)?;
     let state = serde_json::to_vec(state)?;
     put(&folder.join(STATE), &state)?;
     let manifest = Manifest {
@@ -246,33 +239,6 @@ fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Mem
     put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes())?;
     File::open(folder).and_then(|folder| folder.sync_all()).with_context(|| folder.display().to_string())?;
     Ok(written)
-}
-
-/// Writes RAM, but for what is all zeroes.
-fn pour(path: &Path, memory: &Memory) -> Result<Ram> {
-    let file = make(path)?;
-    let ((places, all), mut blocks) = (places(memory), Vec::new());
-    let mut bytes = vec![0; BLOCK as usize];
-    for (start, span) in places {
-        // Two parts may lie in one block.
-        let mut next = 0;
-        for part in memory.touched(span) {
-            let (first, end) = (part.start - span.start, part.last() - span.start);
-            for block in next.max(first / BLOCK)..=end / BLOCK {
-                let size = BLOCK.min(span.size - block * BLOCK);
-                let place = bytes.get_mut(..size as usize).unwrap_or_default();
-                memory.read(span.start + block * BLOCK, place)?;
-                if place.iter().any(|byte| *byte != 0) {
-                    let at = start + block * BLOCK;
-                    file.write_all_at(place, at).with_context(|| format!("writing {}", path.display()))?;
-                    blocks.push((at / BLOCK, sum(place)));
-                }
-            }
-            next = end / BLOCK + 1;
-        }
-    }
-    file.set_len(all).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))?;
-    Ok(Ram { bytes: all, blocks })
 }
 
 /// Reads a whole file of a snapshot.
@@ -345,19 +311,19 @@ impl std::fmt::Display for Manifest {
 }
 
 impl Snapshot {
-    /// Opens a snapshot.
+    /// Opens a snapshot, and checks that it is as it was written.
     ///
     /// # Errors
     /// It is not complete, or not as it was written; the file that is not is named.
-    pub fn open(folder: &Path) -> Result<Self> {
-        Self::of(folder, Manifest::open(folder)?)
+    pub fn open(folder: &Path, how: How) -> Result<Self> {
+        Self::of(folder, Manifest::open(folder)?, how)
     }
 
     /// As [`Snapshot::open`], with the manifest that was read from there.
     ///
     /// # Errors
     /// The same.
-    pub fn of(folder: &Path, manifest: Manifest) -> Result<Self> {
+    pub fn of(folder: &Path, manifest: Manifest, how: How) -> Result<Self> {
         for disk in &manifest.disks {
             if Disk::at(&disk.path)? != *disk {
                 let why = "this disk has been written to since the snapshot was, and its machine would not know";
@@ -370,40 +336,29 @@ impl Snapshot {
             return Err(changed(&path).into());
         }
         let state = parse(&path, &bytes)?;
-        let path = folder.join(MEMORY);
-        let memory = File::open(&path).map_err(|e| broken(&path, &e.to_string()))?;
-        let size = memory.metadata().with_context(|| path.display().to_string())?.len();
-        if size != manifest.memory.bytes {
-            let why = format!("it has {size} bytes and was written with {}", manifest.memory.bytes);
-            return Err(broken(&path, &why).into());
+        let image = Image::open(folder.join(MEMORY), &manifest.memory)?;
+        // Huge pages are no file's.
+        let copy = how.copy || manifest.config.hugepages;
+        // Whoever copies it compares every byte then.
+        if !copy {
+            image.keep()?;
+            image.check(how.verify)?;
         }
-        Ok(Self { manifest, state, path, memory })
+        Ok(Self { manifest, state, image, copy })
     }
 
-    /// Puts its RAM into that of a machine of the same kind, which is all zeroes; each block is checked before.
+    /// The RAM of a machine that goes on from here, whose mappings these are; they are shared with the file, which never
+    /// changes, and what the machine writes is its own.
     ///
     /// # Errors
-    /// The file is not as it was written, or the machine is another.
-    pub fn fill(&self, memory: &Memory) -> Result<()> {
-        let mut bytes = vec![0; BLOCK as usize];
-        let (places, _) = places(memory);
-        let mut before = None;
-        for (block, xxh64) in &self.manifest.memory.blocks {
-            let at = block.checked_mul(BLOCK).filter(|_| before.is_none_or(|before| before < *block));
-            let at = at.context("the blocks of RAM are not in their order")?;
-            before = Some(*block);
-            let place = places.iter().rev().find(|(start, span)| *start <= at && at - start < span.size);
-            let Some((start, span)) = place else { bail!("there is RAM that the machine has not") };
-            let place = bytes.get_mut(..BLOCK.min(span.size - (at - start)) as usize).unwrap_or_default();
-            let read = self.memory.read_exact_at(place, at);
-            read.with_context(|| format!("reading {}", self.path.display()))?;
-            if sum(place) != *xxh64 {
-                let why = format!("the {} bytes at {at:#x} are not as they were written", place.len());
-                return Err(broken(&self.path, &why).into());
-            }
-            memory.write(span.start + (at - start), place)?;
+    /// The file is not as it was written, or somebody writes to it, or the machine is another.
+    pub fn memory(&self, spans: &[Span]) -> Result<Memory> {
+        if self.copy {
+            let memory = Memory::new(spans, self.manifest.config.hugepages)?;
+            self.image.fill(&memory)?;
+            return Ok(memory);
         }
-        Ok(())
+        self.image.map(spans)
     }
 }
 

@@ -1,14 +1,24 @@
+use std::os::unix::fs::FileExt;
+
+use super::ram::BLOCK;
 use super::*;
 use crate::config::Switch;
 
 const PAGE: u64 = 0x1000;
 
-/// RAM of three mappings, some of it written.
-fn ram() -> Memory {
-    let spans = [(0, 16 * BLOCK), (1 << 24, PAGE), (1 << 32, 3 * BLOCK + PAGE)];
-    Memory::new(&spans.map(|(start, size)| Span { start, size }), false).unwrap()
+/// RAM of three mappings.
+fn spans() -> [Span; 3] {
+    [(0, 16 * BLOCK), (1 << 24, PAGE), (1 << 32, 3 * BLOCK + PAGE)].map(|(start, size)| Span { start, size })
 }
 
+fn ram() -> Memory {
+    Memory::new(&spans(), false).unwrap()
+}
+
+const COPY: How = How { verify: Verify::Always, copy: true };
+const MAP: How = How { verify: Verify::Always, copy: false };
+
+/// Some of it written.
 fn written() -> Memory {
     let memory = ram();
     for at in [0, 5 * BLOCK - 2, 16 * BLOCK - 1, (1 << 24) + 7, (1 << 32) + 3 * BLOCK + PAGE - 1] {
@@ -56,15 +66,25 @@ fn what_was_written_is_read() {
     let (folder, path) = snapshot();
     let names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["one"], "nothing else is left");
-    let snapshot = Snapshot::open(&path).unwrap();
-    assert_eq!((snapshot.state, snapshot.manifest.config.rng), (state(), Some(Switch::On)));
-    let memory = ram();
-    Snapshot::open(&path).unwrap().fill(&memory).unwrap();
-    assert!(all(&memory) == all(&written()));
+    for how in [MAP, COPY] {
+        let snapshot = Snapshot::open(&path, how).unwrap();
+        assert_eq!((&snapshot.state, snapshot.manifest.config.rng), (&state(), Some(Switch::On)));
+        let memory = snapshot.memory(&spans()).unwrap();
+        assert!(all(&memory) == all(&written()) && memory.is_of_an_image() != how.copy);
+        // What came of a snapshot is one again.
+        memory.write(12 * BLOCK, b"new").unwrap();
+        let again = folder.path().join(format!("again-{}", how.copy));
+        write(&again, "guest", &Config::default(), &state(), &memory).unwrap();
+        let after = Snapshot::open(&again, how).unwrap();
+        assert!(all(&after.memory(&spans()).unwrap()) == all(&memory));
+        assert_eq!(after.manifest.memory.kept(), 7 * BLOCK);
+        std::fs::remove_dir_all(again).unwrap();
+    }
+    let snapshot = Snapshot::open(&path, MAP).unwrap();
     let shown = snapshot.manifest.to_string();
     assert!(shown.contains("guest: guest") && shown.contains("384K that are not zeroes"), "{shown}");
     // Sparse: most of it is no block on the disk.
-    let file = snapshot.memory.metadata().unwrap();
+    let file = path.join(MEMORY).metadata().unwrap();
     assert!(file.len() == 21 * BLOCK && file.blocks() * 512 < 10 * BLOCK, "{} {}", file.len(), file.blocks());
 }
 
@@ -78,7 +98,7 @@ fn a_snapshot_never_changes_and_nothing_is_left_of_one_that_failed() {
     let half = folder.path().join("three.partial");
     std::fs::create_dir(&half).unwrap();
     std::fs::write(half.join(MEMORY), "x").unwrap();
-    assert!(Snapshot::open(&half).err().unwrap().to_string().contains("never completed"));
+    assert!(Snapshot::open(&half, MAP).err().unwrap().to_string().contains("never completed"));
     write(&folder.path().join("three"), "guest", &Config::default(), &state(), &written()).unwrap();
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     // What somebody else has put there, or writes at this moment, is not touched.
@@ -97,16 +117,20 @@ fn a_snapshot_never_changes_and_nothing_is_left_of_one_that_failed() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
 }
 
-/// What opening it and filling RAM with it say.
+/// What opening it and making RAM of it say: the same, mapped or copied.
 fn looked_at(path: &Path) -> Result<()> {
-    Snapshot::open(path)?.fill(&ram())
+    let told = [MAP, COPY].map(|how| Snapshot::open(path, how)?.memory(&spans()).map(drop));
+    let [mapped, copied] = &told;
+    assert_eq!(mapped.is_err(), copied.is_err(), "{mapped:?} {copied:?}");
+    let [told, _] = told;
+    told
 }
 
 /// Every bit of the small files, and one of every 997 bytes of RAM.
 #[test]
 fn a_bit_that_has_changed_is_found() {
     let (_folder, path) = snapshot();
-    let memory = Snapshot::open(&path).unwrap().manifest.memory;
+    let memory = Snapshot::open(&path, MAP).unwrap().manifest.memory;
     for name in [MANIFEST, MANIFEST_SUM, STATE, MEMORY] {
         let file = File::options().read(true).write(true).open(path.join(name)).unwrap();
         let size = file.metadata().unwrap().len();
@@ -161,13 +185,13 @@ fn hostile_manifests_are_refused() {
         let told = looked_at(&path).err().map(|e| format!("{e:#}")).unwrap_or_default();
         assert!(told.contains(why), "{why}: {told:?}");
     };
-    refused(&|m| m["format"] = 2.into(), "it has format 2; this Bantam knows format 1");
+    refused(&|m| m["format"] = 3.into(), "it has format 3; this Bantam knows format 2");
     refused(&|m| m["architecture"] = "vax".into(), "a machine of vax; this host is");
     refused(&|m| m["more"] = 1.into(), "unknown field `more`");
     refused(&|m| m["config"]["memory"] = "much".into(), "");
     refused(&|m| m["memory"]["bytes"] = 5.into(), "was written with 5");
     refused(&|m| m["memory"]["blocks"][0][0] = u64::MAX.into(), "not in their order");
-    refused(&|m| m["memory"]["blocks"][5][0] = (1u64 << 40).into(), "RAM that the machine has not");
+    refused(&|m| m["memory"]["blocks"][5][0] = (1u64 << 40).into(), "or beyond its end");
     refused(&|m| m["memory"]["blocks"][1][0] = 0.into(), "not in their order");
     let swap = |m: &mut serde_json::Value| m["memory"]["blocks"][0][1] = m["memory"]["blocks"][1][1].clone();
     refused(&swap, "are not as they were written");
@@ -181,11 +205,11 @@ fn a_disk_that_has_changed_since_is_found() {
     let config = Config { disk: vec![disk.display().to_string().parse().unwrap()], ..Config::default() };
     let path = folder.path().join("one");
     write(&path, "guest", &config, &state(), &written()).unwrap();
-    Snapshot::open(&path).unwrap();
+    Snapshot::open(&path, MAP).unwrap();
     std::fs::write(&disk, [1; 512]).unwrap();
-    let told = Snapshot::open(&path).err().unwrap().to_string();
+    let told = Snapshot::open(&path, MAP).err().unwrap().to_string();
     assert!(told.contains("has been written to since"), "{told}");
     std::fs::remove_file(&disk).unwrap();
-    assert!(Snapshot::open(&path).is_err());
+    assert!(Snapshot::open(&path, MAP).is_err());
     assert!(write(&folder.path().join("two.partial"), "guest", &config, &state(), &ram()).is_err());
 }

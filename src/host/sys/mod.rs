@@ -18,6 +18,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 pub mod disk;
+pub mod lease;
 pub mod room;
 pub mod state;
 pub mod uring;
@@ -140,8 +141,16 @@ pub fn monotonic() -> u64 {
 
 /// The signals that end a machine, the two that stop the process for a while and let it go on, and the one that says that
 /// the terminal has another size.
-const CONTROL: [i32; 7] =
-    [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
+const CONTROL: [i32; 8] = [
+    libc::SIGINT,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGTSTP,
+    libc::SIGCONT,
+    libc::SIGWINCH,
+    lease::LOST,
+];
 
 /// The terminal's "stop".
 pub const SIGTSTP: i32 = libc::SIGTSTP;

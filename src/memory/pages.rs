@@ -1,0 +1,60 @@
+//! Which parts of guest RAM hold anything: of a file those that are no holes, of a private mapping those that are its own.
+//!
+//! Invariant: nothing is made by looking: no page is read, and none mapped.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{SeekFrom, seek};
+
+/// How many pages are asked for at once.
+const AT_ONCE: usize = 8192;
+/// Of a page in /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst): it is the file's, it is on a swap device, it is
+/// there.
+const OF_FILE: u64 = 1 << 61;
+const SWAPPED: u64 = 1 << 62;
+const PRESENT: u64 = 1 << 63;
+
+/// Those of the `size` bytes at `start` of a file that are no holes: where each begins, from `start` on, and its size.
+pub fn data(file: &File, start: u64, size: u64) -> Vec<(u64, u64)> {
+    let (mut parts, mut at) = (Vec::new(), start);
+    let end = start.saturating_add(size);
+    while let Ok(data) = seek(file, SeekFrom::Data(at))
+        && data < end
+    {
+        at = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
+        if at <= data {
+            break;
+        }
+        parts.push((data - start, at - data));
+    }
+    parts
+}
+
+/// Those of the `size` bytes that are privately mapped at `host` that were written to, whole pages: the same.
+///
+/// # Errors
+/// The host does not say.
+pub fn own(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    let (page, map) = (super::page_size(), File::open("/proc/self/pagemap")?);
+    let mut parts: Vec<(u64, u64)> = Vec::new();
+    let mut bytes = vec![0; 8 * AT_ONCE];
+    let mut at = 0;
+    while at < size {
+        let left = usize::try_from((size - at).div_ceil(page)).map_err(io::Error::other)?;
+        let (words, _) = bytes.get_mut(..8 * left.min(AT_ONCE)).unwrap_or_default().as_chunks_mut::<8>();
+        map.read_exact_at(words.as_flattened_mut(), (host as u64 + at) / page * 8)?;
+        for word in words {
+            let word = u64::from_ne_bytes(*word);
+            if word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0 {
+                match parts.last_mut() {
+                    Some((start, long)) if *start + *long == at => *long += page,
+                    _ => parts.push((at, page)),
+                }
+            }
+            at += page;
+        }
+    }
+    Ok(parts)
+}
