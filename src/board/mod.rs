@@ -1,6 +1,6 @@
 //! What is soldered on: interrupt controllers, clocks, the serial port. Each architecture is a module that exports the
 //! same names: `Irqchip`, `choose`, `build`, `prepare`, `device_tree`, `firmware`, `LINUX_CONSOLE`,
-//! `linux_arguments`, `can_wake`, `renew`, `host_facts`.
+//! `linux_arguments`, `can_wake`, `renew`, `host_facts`; of snapshots `SavedVm`, `save_vm`, `load_vm`.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;

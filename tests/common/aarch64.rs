@@ -31,6 +31,20 @@ pub mod code {
         0x1100_2400,
         0xd400_0002,
     ]);
+    /// Counts in RAM, and prints the last three bits of it as a digit, again and again: `mov x1,0x9000000; mov x2,0x40002000;
+    /// L: ldr w3,[x2]; add w3,w3,1; str w3,[x2]; and w0,w3,7; add w0,w0,'0'; strb w0,[x1]; b L`
+    pub const COUNTS: &[u8] = &bytes::<10, 40>([
+        0xd2a1_2001,
+        0xd2a8_0002,
+        0xf284_0002,
+        0xb940_0043,
+        0x1100_0463,
+        0xb900_0043,
+        0x1200_0860,
+        0x1100_c000,
+        0x3900_0020,
+        0x17ff_fffa,
+    ]);
     /// Looks for serial input once: `mov x1,0x9000000; ldr w0,[x1,0x18]; b .`
     pub const LISTEN_ONCE: &[u8] = &bytes::<3, 12>([0xd2a1_2001, 0xb940_1820, 0x1400_0000]);
     /// All of RAM, with [`super::FILL`]: `L: str w0,[x1]; add x1,x1,0x1000; b L`
@@ -73,6 +87,22 @@ pub mod code {
         0xd503_207f,
         0x17ff_ffff,
     ]);
+}
+
+/// Machines of different parts, to be kept; the last has all features that this host has for guests.
+pub fn kept() -> Vec<String> {
+    let host = super::bantam("check").run().out();
+    let has = |(name, _): &(&str, &str)| host.lines().any(|line| line.starts_with(name) && line.contains(" yes "));
+    let all = [("KVM_CAP_ARM_PMU_V3", "pmu"), ("KVM_CAP_ARM_SVE", "sve")];
+    let features: Vec<_> = all.into_iter().filter(has).map(|(_, word)| word).collect();
+    let words = if features.is_empty() { String::new() } else { format!("--cpu-features {}", features.join(",")) };
+    vec!["".into(), "--irqchip none".into(), "--cpus 2 --rng on".into(), "--cpus 2 --msi none".into(), words]
+}
+/// A machine with devices on PCI, without these.
+pub const PCI: &str = "--cpus 2 --rng on --transport pci";
+/// What is read differs from what was set before, since it follows time: the guest's counters.
+pub fn follows_time(path: &str) -> bool {
+    path.starts_with("/kvm/clock/counters/") && path.contains("/1: ")
 }
 
 /// How a trace shows a write of [`code::LIFE`].

@@ -12,6 +12,10 @@ pub mod code {
     pub const LIFE: &[u8] = &[0xb0, 0x01, 0xe6, 0x10, 0xb0, 0xfe, 0xe6, 0x64, 0xf4];
     /// `mov cx,1000; L: out 0x10,al; loop L; mov al,0xfe; out 0x64,al`
     pub const CHATTY_LIFE: &[u8] = &[0xb9, 0xe8, 0x03, 0xe6, 0x10, 0xe2, 0xfc, 0xb0, 0xfe, 0xe6, 0x64];
+    /// Counts in RAM, and prints the last three bits of it as a digit, again and again: `mov dx, 0x3f8; L: inc word [0x2000];
+    /// mov al, [0x2000]; and al, 7; add al, '0'; out dx, al; jmp L`
+    pub const COUNTS: &[u8] =
+        &[0xba, 0xf8, 0x03, 0xff, 0x06, 0x00, 0x20, 0xa0, 0x00, 0x20, 0x24, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xf2];
     /// Looks for serial input once: `mov dx,0x3fd; in al,dx; jmp $`
     pub const LISTEN_ONCE: &[u8] = &[0xba, 0xfd, 0x03, 0xec, 0xeb, 0xfe];
     /// All of RAM, with [`super::FILL`]: `L: mov [esi],eax; add esi,0x1000; jmp L`
@@ -22,6 +26,22 @@ pub mod code {
         0x8a, 0x06, 0x3c, 0x00, 0x75, 0x0c, 0xc6, 0x06, 0x01, 0x80, 0x3e, 0x01, 0x75, 0x04, 0xb0, 0x05, 0xe6, 0xf4,
         0xb0, 0x06, 0xe6, 0xf4,
     ];
+}
+
+/// Machines of different parts, to be kept.
+pub fn kept() -> Vec<String> {
+    let all = ["", "--irqchip kernel --cpus 2", "--irqchip split --rng on", "--irqchip kernel --rng on"];
+    all.map(String::from).to_vec()
+}
+/// A machine with devices on PCI, without these.
+pub const PCI: &str = "--irqchip split --cpus 2 --rng on --transport pci";
+/// What is read differs from what was set before, since it follows time: the guest's clock, the time-stamp counter, and since
+/// when each channel of the 8254 counts.
+pub fn follows_time(path: &str) -> bool {
+    let loaded = [4, 5, 10, 11, 16, 17].map(|word| format!("/kvm/parts/pit/words/{word}: "));
+    path.starts_with("/kvm/clock/words/")
+        || path.starts_with("/kvm/times/") && path.contains("/0/1: ")
+        || loaded.iter().any(|word| path.starts_with(word))
 }
 
 /// How a trace shows a write of [`code::LIFE`].

@@ -23,7 +23,7 @@ pub const FEATURES: &[Feature] = &[
         "none needed yet",
     ),
     feature(Cap::SignalMsi, "SIGNAL_MSI", false, "(later) MSI interrupts", "none needed yet"),
-    feature(Cap::VcpuEvents, "VCPU_EVENTS", false, "(later) snapshots", "none needed yet"),
+    feature(Cap::VcpuEvents, "VCPU_EVENTS", false, "snapshots", "do without"),
 ];
 
 /// Numbers worth knowing of this host.

@@ -66,6 +66,17 @@ pub const VBAR_EL1: u64 = sys(3, 0, 12, 0, 0);
 pub const CNTV_CTL_EL0: u64 = sys(3, 3, 14, 3, 1);
 /// The physical timer's.
 pub const CNTP_CTL_EL0: u64 = sys(3, 3, 14, 2, 1);
+/// The virtual counter. KVM_REG_ARM_TIMER_CNT has the number that should be CNTV_CVAL_EL0's, and that has this one's
+/// (KVM api.rst 4.68).
+pub const CNTVCT_EL0: u64 = sys(3, 3, 14, 3, 2);
+/// The physical counter.
+pub const CNTPCT_EL0: u64 = sys(3, 3, 14, 0, 1);
+/// What performance counters do, from the side that switches it off: their interrupts, counting, overflows.
+pub const PMINTENCLR_EL1: u64 = sys(3, 0, 9, 14, 2);
+/// Counting.
+pub const PMCNTENCLR_EL0: u64 = sys(3, 3, 9, 12, 2);
+/// Overflows.
+pub const PMOVSCLR_EL0: u64 = sys(3, 3, 9, 12, 3);
 
 /// Reads a 64-bit register.
 ///

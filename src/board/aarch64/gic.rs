@@ -25,7 +25,7 @@ use crate::vm::{Vm, device_double, device_word};
 /// The first shared peripheral interrupt (GICv3 architecture, IHI 0069, 2.2.1).
 pub const FIRST_SPI: u32 = 32;
 /// Interrupts that the GIC has: a multiple of 32, at least 64.
-const INTERRUPTS: u32 = 128;
+pub const INTERRUPTS: u32 = 128;
 
 /// GICD_CTLR, GICD_ISENABLER0: control, and one bit for each interrupt (IHI 0069, 12.9).
 const GICD_CTLR: u64 = 0;
@@ -40,8 +40,9 @@ const ENABLED: u64 = 1;
 /// The GIC, where the machine has one, and its ITS.
 #[derive(Default)]
 pub struct Irqchip {
-    gic: Option<DeviceFd>,
-    its: Option<DeviceFd>,
+    pub(super) version: Option<Gic>,
+    pub(super) gic: Option<DeviceFd>,
+    pub(super) its: Option<DeviceFd>,
 }
 
 /// KVM_IRQ_LINE's number for a shared peripheral interrupt (api.rst 4.25).
@@ -124,7 +125,7 @@ pub fn make(vm: &Vm, config: &Config) -> Result<Irqchip> {
     };
     let gic = make_gic(vm, version)?;
     let its = has_its(config).then(|| make_its(vm)).transpose()?;
-    Ok(Irqchip { gic: Some(gic), its })
+    Ok(Irqchip { version: Some(version), gic: Some(gic), its })
 }
 
 fn create(vm: &Vm, kind: u32, name: &str, why: &'static str) -> Result<DeviceFd> {

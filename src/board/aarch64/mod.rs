@@ -3,12 +3,14 @@
 mod cpus;
 mod fdt;
 mod gic;
+mod saved;
 
 use anyhow::Result;
 use kvm_bindings::{KVM_CAP_ARM_NISV_TO_USER, kvm_enable_cap};
 
 pub use self::fdt::device_tree;
 pub use self::gic::Irqchip;
+pub use self::saved::{SavedVm, load_vm, save_vm};
 use super::virtio::{self, INTX, Sockets};
 use super::{Board, Firmware, PowerButton, Wires};
 use crate::arch::layout::{

@@ -12,11 +12,13 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_pit_config,
 };
+use kvm_ioctls::VcpuFd;
 
 pub use self::acpi::firmware;
 use super::virtio::{self, INTX, Sockets};
 use super::{Board, Chosen, PowerButton, Wires};
 
+pub use crate::arch::SavedVm;
 use crate::arch::layout::{
     ACPI, CMOS, DEBUG_EXIT, GENERATION, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, IOAPIC, PCI_ECAM, PCI_PORTS, POWER,
     POWER_IRQ, POWER_OFF, POWER_SIZE, PVPANIC, SERIAL, SERIAL_IRQ, TSS,
@@ -314,6 +316,22 @@ pub fn renew(board: &Board, memory: &Memory) -> Result<()> {
         board.serve(power);
     }
     Ok(())
+}
+
+/// Reads the state of what KVM emulates besides CPUs: all of it belongs to the machine's own descriptor.
+///
+/// # Errors
+/// KVM refuses.
+pub fn save_vm(vm: &Vm, cpus: &[&VcpuFd], _board: &Board, irqchip: Option<IrqChip>) -> Result<SavedVm> {
+    arch::save_vm(vm.fd(), cpus, irqchip)
+}
+
+/// Sets that state.
+///
+/// # Errors
+/// KVM refuses, or the state is not one of this version's.
+pub fn load_vm(vm: &Vm, cpus: &[&VcpuFd], _board: &Board, saved: &SavedVm) -> Result<()> {
+    arch::load_vm(vm.fd(), cpus, saved)
 }
 
 /// A PC has no device tree.

@@ -43,6 +43,42 @@ pub fn ask(fd: &impl AsRawFd, request: u64, bytes: &mut [u8]) -> io::Result<()> 
     }
 }
 
+/// The numbers of all registers of a CPU whose KVM knows them by number (KVM_GET_REG_LIST, api.rst 4.84).
+///
+/// # Errors
+/// KVM refuses.
+pub fn register_list(fd: &impl AsRawFd) -> io::Result<Vec<u64>> {
+    /// `_IOWR(KVMIO, 0xb0, struct kvm_reg_list)`: the head alone, a count; the numbers stand behind it.
+    const KVM_GET_REG_LIST: u64 = reads(0xb0, 8) | writes(0xb0, 8);
+    let mut list = vec![0];
+    loop {
+        let room = list.len() as u64 - 1;
+        list.iter_mut().take(1).for_each(|count| *count = room);
+        // SAFETY: the kernel writes the count, and no more numbers than it says that there is room for.
+        match unsafe { libc::ioctl(fd.as_raw_fd(), KVM_GET_REG_LIST, list.as_mut_ptr()) } {
+            0.. => return Ok(list.into_iter().skip(1).collect()),
+            _ => match (io::Error::last_os_error(), list.first()) {
+                // Too little: it has said how many there are.
+                (e, Some(count)) if e.raw_os_error() == Some(libc::E2BIG) && *count > room && *count < 1 << 16 => {
+                    list.resize(*count as usize + 1, 0);
+                }
+                (e, _) => return Err(e),
+            },
+        }
+    }
+}
+
+/// How often a second the counter counts that an arm64 host shares with its guests (CNTFRQ_EL0).
+#[cfg(target_arch = "aarch64")]
+pub fn counter_hertz() -> u64 {
+    let hertz: u64;
+    // SAFETY: reads a register that Linux lets every program read, and does nothing else.
+    unsafe {
+        std::arch::asm!("mrs {}, cntfrq_el0", out(reg) hertz, options(nomem, nostack, preserves_flags));
+    }
+    hertz
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,6 +91,8 @@ mod tests {
         let null = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(ask(&null, 0x8090_ae81, &mut [0; 143]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
         assert!(ask(&null, 0x8090_ae81, &mut [0; 144]).is_err());
+        // As api.rst has it: _IOWR(0xAE, 0xb0, 8).
+        assert_eq!(register_list(&null).unwrap_err().raw_os_error(), Some(libc::ENOTTY));
         // KVM_GET_MSRS writes behind its head.
         assert_eq!(ask(&null, reads(0x88, 8), &mut [0; 8]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
