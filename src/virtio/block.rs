@@ -25,7 +25,7 @@ use self::bounce::Bounce;
 use self::engine::{Engine, Pool};
 use self::image::Packed;
 use self::limit::Limit;
-use self::open::{Format, MOST_QUEUES, Options};
+use self::open::{Format, MOST_QUEUES, Options, Own};
 use self::request::{ID, MOST_DISCARD, MOST_ZEROES, Medium, Request, SECTOR, parse, status};
 use super::{Active, Chain, Kind, Part, VirtioDevice, Wake};
 use crate::bus::Saved;
@@ -110,7 +110,10 @@ impl Block {
         let (file, mut medium) = options.open()?;
         let name = options.path.display().to_string();
         let what = || format!("--disk {name}");
-        let engine: Box<dyn Engine> = if options.format == Some(Format::Qcow2) {
+        let engine: Box<dyn Engine> = if options.own == Some(Own::Overlay) {
+            let image = Packed::overlay(&options, file, &mut medium.capacity).with_context(what)?;
+            Box::new(Pool::new(Box::new(image)).with_context(what)?)
+        } else if options.format == Some(Format::Qcow2) {
             Box::new(Pool::new(Box::new(Packed::new(&options, file, &mut medium)?)).with_context(what)?)
         } else {
             match Ring::new(file.try_clone().with_context(what)?, SLOTS as u32) {

@@ -10,10 +10,10 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 use imago::qcow2::Qcow2;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
 
 use super::engine::Image;
-use super::open::{Options, open};
+use super::open::{Format, Options, open};
 use super::qcow2::check;
 use super::request::{Medium, SECTOR};
 use crate::error::{Refusal, refuse};
@@ -32,6 +32,30 @@ pub struct Packed {
 }
 
 impl Packed {
+    /// What is written to a new image that ends with this process; `file`, which is open and locked, is only read.
+    ///
+    /// # Errors
+    /// It is not what it is said to be, or there is no room for another.
+    pub fn overlay(options: &Options, file: File, capacity: &mut u64) -> Result<Self> {
+        let below = if options.format == Some(Format::Qcow2) {
+            check(&file).map_err(refuse)?;
+            let image = layer(file, false)?;
+            if let Some(name) = image.implicit_backing_file() {
+                return Err(refusal_of(name).into());
+            }
+            FormatAccess::new(image)
+        } else {
+            raw(file)?
+        };
+        *capacity = below.size();
+        let own = tempfile::tempfile()?;
+        let new = Qcow2::<imago::file::File>::create_builder(imago::file::File::try_from(own.try_clone()?)?);
+        new.size(*capacity).create()?;
+        let mut image = layer(own, true)?;
+        image.set_backing(Some(below));
+        Ok(Self { image: FormatAccess::new(image), rooms: Mutex::default() })
+    }
+
     /// The image in a file that is open and locked; its size goes into `medium`.
     ///
     /// # Errors
@@ -100,6 +124,10 @@ fn backing(path: &Path) -> Result<Access> {
         }
         return Ok(FormatAccess::new(image));
     }
+    raw(file)
+}
+
+fn raw(file: File) -> Result<Access> {
     let storage = imago::file::File::try_from(file)?;
     Ok(FormatAccess::new(imago::raw::Raw::builder(storage).open(DenyImplicitOpenGate::default())?))
 }

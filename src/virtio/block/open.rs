@@ -16,6 +16,7 @@ use super::request::{ID, Medium, SECTOR};
 use crate::config::Words;
 use crate::error::{Refusal, refuse};
 use crate::host::sys::disk;
+use crate::memory::pages::data;
 
 /// The most queues of one disk.
 pub const MOST_QUEUES: usize = 16;
@@ -27,6 +28,15 @@ pub enum Format {
     Raw,
     /// As QEMU's own format has it.
     Qcow2,
+}
+
+/// What a disk is whose writes do not go to its file, which is only read, but to one that is gone when the machine ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Own {
+    /// What is written is kept beside it.
+    Overlay,
+    /// A copy of all.
+    Copy,
 }
 
 /// The words of one disk.
@@ -48,6 +58,8 @@ pub struct Options {
     pub rate: Option<Rate>,
     /// The one file that a qcow2 image may stand on.
     pub backing: Option<PathBuf>,
+    /// Writes do not go to its file.
+    pub own: Option<Own>,
 }
 
 impl Options {
@@ -67,6 +79,12 @@ impl Options {
             serial: words.value("serial")?,
             rate: words.value("rate")?,
             backing: words.value("backing")?,
+            own: match (words.flag("overlay")?, words.flag("copy")?) {
+                (false, false) => None,
+                (true, false) => Some(Own::Overlay),
+                (false, true) => Some(Own::Copy),
+                (true, true) => return Err(words.refuse("overlay or copy: which?")),
+            },
         };
         if options.path.as_os_str().is_empty() {
             return Err(words.refuse("which file?"));
@@ -84,6 +102,13 @@ impl Options {
         if options.format == Some(Format::Qcow2) && options.direct {
             return Err(words.refuse("cache=none is for raw disks"));
         }
+        if options.own.is_some() && options.read_only {
+            return Err(words.refuse("ro: nothing is written, so there is nothing to be kept in an overlay or a copy"));
+        }
+        if options.own == Some(Own::Overlay) && (options.direct || options.backing.is_some()) {
+            let refusal = words.refuse("overlay is for disks without cache=none and backing");
+            return Err(refusal.hint("copy is for all"));
+        }
         words.end()?;
         Ok(options)
     }
@@ -93,7 +118,7 @@ impl Options {
     /// # Errors
     /// It is not to be had, is no disk, or is somebody else's.
     pub fn open(&self) -> Result<(File, Medium)> {
-        let file = open(&self.path, self.read_only)?;
+        let file = open(&self.path, self.read_only || self.own.is_some())?;
         let say = |why: String| refuse(format!("--disk {}: {why}", self.path.display()));
         let capacity = (&file).seek(SeekFrom::End(0)).map_err(|e| say(format!("cannot find its end: {e}")))?;
         let mut magic = [0; 4];
@@ -107,6 +132,10 @@ impl Options {
         id.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let read_only = self.read_only;
         let mut medium = Medium { capacity, read_only, block: SECTOR as u32, serial: id };
+        let file = match self.own {
+            Some(Own::Copy) => copy(&file, &self.path).map_err(|e| say(format!("cannot copy it: {e}")))?,
+            _ => file,
+        };
         if self.format == Some(Format::Qcow2) {
             return Ok((file, medium));
         }
@@ -172,6 +201,30 @@ pub fn open(path: &Path, read_only: bool) -> Result<File> {
         }
         Err(e) => Err(say(format!("cannot lock it: {e}")).into()),
     }
+}
+
+/// A copy of a file that has no name, so that it ends with this process. A file system that can has both share what they
+/// have in common.
+fn copy(file: &File, path: &Path) -> std::io::Result<File> {
+    let beside = path.parent().and_then(|folder| tempfile::tempfile_in(folder).ok());
+    if let Some(beside) = beside
+        && rustix::fs::ioctl_ficlone(&beside, file).is_ok()
+    {
+        return Ok(beside);
+    }
+    let (copy, size) = (tempfile::tempfile()?, file.metadata()?.len());
+    copy.set_len(size)?;
+    let mut bytes = vec![0; 1 << 20];
+    for (start, long) in data(file, 0, size) {
+        let mut at = start;
+        while at < start + long {
+            let piece = bytes.get_mut(..(start + long - at).min(1 << 20) as usize).unwrap_or_default();
+            file.read_exact_at(piece, at)?;
+            copy.write_all_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+    }
+    Ok(copy)
 }
 
 /// Turns the host's page cache off for a file; gives what its offsets have to be multiples of.

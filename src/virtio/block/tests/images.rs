@@ -77,6 +77,34 @@ fn an_image_keeps_what_was_flushed() {
     assert_eq!(rig.read(108, 512), data[4096..4608]);
 }
 
+/// What is written is there, its file as it was; for the next machine nothing of it is left.
+#[test]
+fn what_is_written_to_an_overlay_or_a_copy_ends_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = folder.path().join("raw");
+    let bytes: Vec<u8> = (0..1 << 20u32).map(|n| (n / 4096) as u8).collect();
+    std::fs::write(&plain, &bytes).unwrap();
+    let packed = image(folder.path(), "packed", None);
+    let mut rig = open(&packed).unwrap();
+    assert_eq!((rig.write(0, &bytes[..1 << 19]), rig.flush()), (status::OK, status::OK));
+    drop(rig);
+    let before = std::fs::read(folder.path().join("packed")).unwrap();
+    for base in [plain.display().to_string(), packed] {
+        for own in ["overlay", "copy"] {
+            let words = format!("{base},{own}");
+            let (mut one, mut other) = (open(&words).unwrap(), open(&words).unwrap());
+            assert_eq!(one.device.space()[..8], 2048u64.to_le_bytes(), "{words}");
+            assert_eq!((one.write(9, &[0xaa; 512]), one.flush()), (status::OK, status::OK));
+            assert_eq!((one.read(9, 512), other.read(9, 512)), (vec![0xaa; 512], bytes[9 * 512..10 * 512].to_vec()));
+            assert_eq!((one.read(8, 512), one.read(10, 512)), (vec![1; 512], vec![1; 512]));
+            drop(one);
+            assert_eq!(open(&words).unwrap().read(9, 512), bytes[9 * 512..10 * 512]);
+        }
+    }
+    assert!(std::fs::read(&plain).unwrap() == bytes && std::fs::read(folder.path().join("packed")).unwrap() == before);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
 #[test]
 fn an_image_stands_on_another_only_where_the_user_says_so() {
     let folder = tempfile::tempdir().unwrap();

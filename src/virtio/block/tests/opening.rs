@@ -51,6 +51,9 @@ fn words_say_what_a_disk_is() {
         ("d,rate=0", "not 0"),
         ("d,backing=x", "qcow2"),
         ("d,wat", "wat"),
+        ("d,overlay,copy", "which?"),
+        ("d,ro,copy", "nothing is written"),
+        ("d,overlay,cache=none", "without cache=none"),
     ] {
         says(text, 2, &[why]);
     }
