@@ -12,7 +12,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, value_parser};
 
 use crate::arch;
-use crate::config::{Config, Seconds, Size};
+use crate::config::{Config, Seconds, Size, Words as Text};
 use crate::error::usage;
 use crate::load::{self, Image};
 use crate::snapshot::{How, Manifest, Verify};
@@ -52,11 +52,41 @@ pub enum Command {
     Snapshot(String, PathBuf),
     /// Goes on with the machine of a snapshot.
     Restore(PathBuf, Box<Manifest>, How, Config),
+    /// Makes machines of a snapshot, or of a machine that goes on.
+    Clone(Cloning),
     /// Say how large a machine's balloon shall be, or show it.
     Balloon(String, Option<Size>),
     /// Print a text to stdout: help, version, completions, the manual page.
     Print(Vec<u8>),
 }
+
+/// What is to become of whom.
+#[derive(Debug, Clone)]
+pub struct Cloning {
+    /// A snapshot's folder, or a machine's name.
+    pub of: String,
+    /// How many.
+    pub count: u32,
+    /// How each goes on.
+    pub how: How,
+    disks: DiskMode,
+    words: ArgMatches,
+}
+
+/// What becomes of the disks that a machine writes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+enum DiskMode {
+    /// Each clone reads the machine's, and what it writes is its own, and gone when it ends.
+    #[default]
+    Overlay,
+    /// Each has a copy, which is gone when it ends.
+    Copy,
+    /// All read the same ones; a machine that writes to one has no clones.
+    ShareRo,
+}
+
+/// Most machines that are made at once.
+const MOST_CLONES: u64 = 10_000;
 
 /// The example whose kernel is not built in.
 const LINUX: &str = "linux";
@@ -173,6 +203,11 @@ enum Verb {
         after_help = "The options are those of run; what makes it another machine is refused.\nExample: bantam restore /var/tmp/web.snapshot --name web2 --stats"
     )]
     Restore,
+    /// Make machines of a snapshot, or of a machine that goes on: each goes on from there by itself
+    #[command(
+        after_help = "The options are those of run; what makes it another machine is refused. In each of them {} is the clone's number, from 1 on.\nExamples: bantam clone /var/tmp/web.snapshot --count 3 --name web-{} --serial file:/tmp/web-{}.out\n          bantam clone web --name web2"
+    )]
+    Clone,
     /// Take memory from a machine that goes on, and give it back: say how much its balloon shall hold
     #[command(
         after_help = "The machine needs --balloon and a guest with a driver for it, who may give less, and less soon.\nExamples: bantam balloon web 256M\n          bantam balloon web 0"
@@ -197,7 +232,7 @@ enum Verb {
 }
 
 /// The verbs that take the machine's options.
-const TAKE_OPTIONS: [&str; 4] = ["run", "example", "layout", "restore"];
+const TAKE_OPTIONS: [&str; 5] = ["run", "example", "layout", "restore", "clone"];
 
 /// The command line. The machine's options are put only where they will be looked at, under `verb`, or everywhere
 /// where that is not one of those that take them: to describe them takes longer than to start a small machine.
@@ -220,6 +255,9 @@ fn with_options(verb: clap::Command) -> clap::Command {
     let positional = match verb.get_name() {
         "run" => Some(guest.required(true).help("The guest: flat binary, ELF or multiboot kernel")),
         "restore" => Some(guest.value_name("FOLDER").required(true).help("The snapshot's folder")),
+        "clone" => {
+            Some(guest.value_name("FOLDER|NAME").required(true).help("A snapshot's folder, or a machine's name"))
+        }
         "example" => Some(Arg::new("name-of-example").value_name("EXAMPLE").help("The built-in guest")),
         _ => None,
     };
@@ -231,7 +269,11 @@ fn with_options(verb: clap::Command) -> clap::Command {
         .value_parser(value_parser!(PathBuf))
         .help("The kernel of example linux [default: the newest /boot/vmlinuz-*]");
     let kernel = (verb.get_name() == "example").then_some(kernel);
-    let how = if verb.get_name() == "restore" { of_snapshots() } else { Vec::new() };
+    let how = match verb.get_name() {
+        "restore" => of_snapshots(),
+        "clone" => [of_snapshots(), of_clones()].concat(),
+        _ => Vec::new(),
+    };
     let verb = Config::augment_args_for_update(verb).about(about).long_about(None);
     verb.arg(config).args(kernel).args(positional).args(how)
 }
@@ -243,6 +285,15 @@ fn of_snapshots() -> Vec<Arg> {
     let copy = Arg::new("copy").long("copy").action(clap::ArgAction::SetTrue);
     let copy = copy.help("Read all of its RAM at once, and need the snapshot no more");
     [verify, copy].map(|arg| arg.help_heading("Snapshot")).into()
+}
+
+fn of_clones() -> Vec<Arg> {
+    let count =
+        Arg::new("count").long("count").value_name("N").value_parser(value_parser!(u32).range(1..=MOST_CLONES as i64));
+    let disks = Arg::new("disk-mode").long("disk-mode").value_name("MODE").value_parser(value_parser!(DiskMode));
+    let count = count.help("How many [default: 1]");
+    let disks = disks.help("What becomes of the disks that it writes to [default: overlay]");
+    [count, disks].map(|arg| arg.help_heading("Snapshot")).into()
 }
 
 /// Understands the words of a command line, the program's name first.
@@ -280,7 +331,22 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
             }
             Some(name) => example(name, words, &mut command),
         },
-        "restore" => restore(words),
+        "restore" => {
+            let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
+            let manifest = Manifest::open(folder)?;
+            let config = of_snapshot(&manifest, words)?;
+            Ok(Command::Restore(folder.clone(), Box::new(manifest), how(words), config))
+        }
+        "clone" => {
+            let of = words.get_one::<PathBuf>("guest").context("no folder")?;
+            Ok(Command::Clone(Cloning {
+                of: of.to_str().context("a name or a folder whose name is text")?.to_owned(),
+                count: words.get_one("count").copied().unwrap_or(1),
+                how: how(words),
+                disks: words.get_one("disk-mode").copied().unwrap_or_default(),
+                words: words.clone(),
+            }))
+        }
         "layout" => {
             let file = |name| words.get_one::<PathBuf>(name).cloned();
             let config = config(Config::default(), words)?;
@@ -319,22 +385,61 @@ fn other(matches: &ArgMatches) -> Result<Command> {
     })
 }
 
+fn how(words: &ArgMatches) -> How {
+    let verify = words.get_one("verify").copied().unwrap_or_default();
+    How { verify, copy: words.get_flag("copy") }
+}
+
 /// The machine of a snapshot, with what it is to have another of.
-fn restore(words: &ArgMatches) -> Result<Command> {
-    let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
-    let manifest = Manifest::open(folder)?;
-    let config = config(manifest.config.clone(), words)?;
+fn of_snapshot(manifest: &Manifest, words: &ArgMatches) -> Result<Config> {
+    let mut config = config(manifest.config.clone(), words)?;
+    config.connect(&manifest.config)?;
     load::check(&config)?;
     match config.differs_from(&manifest.config) {
         Some(name) => {
             let why = format!("--{name}: a machine that goes on is what its snapshot says");
             Err(usage(why).hint("`bantam inspect FOLDER` shows what it is").into())
         }
-        None => {
-            let verify = words.get_one("verify").copied().unwrap_or_default();
-            let how = How { verify, copy: words.get_flag("copy") };
-            Ok(Command::Restore(folder.clone(), Box::new(manifest), how, config))
+        None => Ok(config),
+    }
+}
+
+impl Cloning {
+    /// The configuration of each clone of a snapshot, in the order of their numbers.
+    ///
+    /// # Errors
+    /// The options make no sense for a machine of this snapshot.
+    pub fn configs(&self, manifest: &Manifest) -> Result<Vec<Config>> {
+        let mut config = of_snapshot(manifest, &self.words)?;
+        for words in &mut config.disk {
+            let mut taken = words.take("--disk");
+            if taken.flag("ro")? || taken.flag("overlay")? || taken.flag("copy")? {
+                continue;
+            }
+            let (path, rest) = words.split();
+            *words = match self.disks {
+                DiskMode::Overlay => Text::join(&path, &format!("{rest},overlay")),
+                DiskMode::Copy => Text::join(&path, &format!("{rest},copy")),
+                DiskMode::ShareRo => {
+                    let why = format!("--disk-mode share-ro: the machine writes to {path}");
+                    return Err(usage(why).hint("overlay and copy let each clone write what it likes").into());
+                }
+            };
         }
+        if self.count > 1
+            && let Some(name) = config.name.as_mut().filter(|name| !name.contains("{}"))
+        {
+            name.push_str("-{}");
+        }
+        // Each listens at a path of its own, and so does whom it was made of.
+        if let (Some(words), false) = (&mut config.vsock, self.words.contains_id("vsock")) {
+            let mut taken = words.take("--vsock").without_first();
+            if let (Some(cid), Some(path)) = (taken.value::<u32>("cid")?, taken.value::<String>("path")?) {
+                let path = format!("path={path}-{}-{{}}", std::process::id());
+                *words = Text::join(&format!("cid={cid}"), &format!(",{}", Text::join(&path, "")));
+            }
+        }
+        Ok((1..=self.count).map(|number| config.numbered(number)).collect())
     }
 }
 

@@ -17,6 +17,7 @@ pub mod bus;
 pub mod check;
 pub mod cli;
 pub mod clock;
+pub mod clones;
 pub mod config;
 pub mod console;
 pub mod control;

@@ -3,19 +3,24 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
-use bantam::cli::{self, Command};
+use anyhow::{Context, Result};
+use bantam::cli::{self, Cloning, Command};
 use bantam::config::Config;
 use bantam::control::Request;
 use bantam::error::{refuse, status, usage, verdict};
 use bantam::host::say::{print, say};
 use bantam::load::{self, Guest, Image};
 use bantam::snapshot::{Manifest, Snapshot};
-use bantam::{arch, board, check, host, machine, top};
+use bantam::{arch, board, check, clones, host, machine, top};
 
 fn main() -> ExitCode {
     host::guard();
-    let status = carry_out().unwrap_or_else(|error| {
+    ExitCode::from(status_of(carry_out()))
+}
+
+/// The exit status, after what there is to say of it.
+fn status_of(result: Result<u8>) -> u8 {
+    result.unwrap_or_else(|error| {
         host::terminal::restore();
         say(&format!("bantam: {error:#}").replace('\n', " "));
         let (status, hint) = verdict(&error);
@@ -23,8 +28,7 @@ fn main() -> ExitCode {
             say(&format!("hint: {hint}"));
         }
         status
-    });
-    ExitCode::from(status)
+    })
 }
 
 fn carry_out() -> Result<u8> {
@@ -46,8 +50,9 @@ fn carry_out() -> Result<u8> {
         Command::Snapshot(name, folder) => top::snapshot(&name, &folder),
         Command::Restore(folder, manifest, how, config) => {
             machine::hold_signal(&config)?;
-            end(machine::restore(&config, &Snapshot::of(&folder, *manifest, how)?)?, &config)
+            end(machine::restore(&config, &Snapshot::of(&folder, *manifest, &config, how)?)?, &config)
         }
+        Command::Clone(cloning) => clone(&cloning),
         Command::Balloon(name, size) => top::balloon(&name, size),
         Command::Print(text) => print(&text),
         Command::Check => {
@@ -56,6 +61,31 @@ fn carry_out() -> Result<u8> {
             Ok(if able { 0 } else { status::HOST })
         }
     }
+}
+
+/// Makes machines of a snapshot, or of a machine that goes on and is none the worse for it.
+fn clone(cloning: &Cloning) -> Result<u8> {
+    let folder = Path::new(&cloning.of);
+    if folder.is_dir() {
+        return clone_from(folder, cloning, || Ok(()));
+    }
+    let place = tempfile::Builder::new().prefix("bantam-clone-").tempdir().context("a folder for what is cloned")?;
+    let folder = place.path().join("snapshot");
+    top::hand_over(&cloning.of, &folder)?;
+    // The clones keep what they need of it.
+    clone_from(&folder, cloning, || place.close().context("the folder of what was cloned"))
+}
+
+fn clone_from(folder: &Path, cloning: &Cloning, opened: impl FnOnce() -> Result<()>) -> Result<u8> {
+    let manifest = Manifest::open(folder)?;
+    let configs = cloning.configs(&manifest)?;
+    configs.iter().try_for_each(machine::hold_signal)?;
+    let snapshot = Snapshot::of(folder, manifest, configs.first().context("no clone")?, cloning.how)?;
+    opened()?;
+    clones::run(&configs, |config| {
+        let kept = snapshot.keep();
+        status_of(kept.and_then(|_kept| end(machine::restore(config, &snapshot)?, config)))
+    })
 }
 
 /// Writes the device tree of the machine that `config` describes.

@@ -94,9 +94,17 @@ pub fn ask(name: &str, request: &Request) -> Result<u8> {
 /// There is no such machine, or it cannot: the folder is there already, or cannot be written.
 pub fn snapshot(name: &str, folder: &Path) -> Result<u8> {
     let path = std::path::absolute(folder).with_context(|| folder.display().to_string())?;
-    let told = control::ask(name, &Request::Snapshot { path })?;
+    let told = control::ask(name, &Request::Snapshot { path, keep: true })?;
     let (memory, seconds) = (told["memory"].as_u64().unwrap_or(0), told["seconds"].as_f64().unwrap_or(0.0));
     print(format!("{} of RAM; the machine stood still for {:.1} ms\n", Size(memory), seconds * 1e3).as_bytes())
+}
+
+/// Has a machine write a snapshot of itself that nobody is to keep.
+///
+/// # Errors
+/// There is no such machine, or it cannot.
+pub fn hand_over(name: &str, folder: &Path) -> Result<()> {
+    control::ask(name, &Request::Snapshot { path: folder.to_owned(), keep: false }).map(drop)
 }
 
 /// How long a guest gets until what its balloon holds is shown, and how often it is looked at meanwhile.

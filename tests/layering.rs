@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 const LAYERS: &[&[&str]] = &[
-    &["main", "cli", "top"],
+    &["main", "cli", "top", "clones"],
     &["machine"],
     &["snapshot", "gdb", "report", "load", "check"],
     &["board"],

@@ -10,85 +10,27 @@ mod random;
 mod shell;
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bantam::machine::{self, Streams};
+use bantam::machine::{Machine, Paused, Streams};
 use bantam::snapshot::{How, Snapshot};
-use common::place::{Place, chatter, grows, size};
-use common::{File, Outcome, Started, bantam, file, kvm, skipped};
+use common::arch::{PCI, follows_time, kept};
+use common::counting::{counts, goes_on, text};
+use common::place::{Place, grows, size};
+use common::{bantam, kvm};
 use random::Random;
 use serde_json::Value;
 use shell::Shell;
 
-/// Machines of this architecture have snapshots.
-const THERE: bool = cfg!(target_arch = "x86_64");
-
-fn there() -> bool {
-    if !THERE {
-        skipped("snapshots of arm64 machines are not there yet; that they are refused was seen");
-    }
-    THERE && kvm()
-}
-
-impl Place {
-    /// Does something that has nothing to complain of.
-    fn tell(&self, words: &str) -> Outcome {
-        let outcome = self.run(words).run();
-        outcome.expect(0).said_nothing();
-        outcome
-    }
-
-    /// A machine called `one`, whose serial port writes to the file `out`.
-    fn machine(&self, guest: &File, words: &str) -> Started {
-        let serial = format!("--serial file:{}", self.path("out").display());
-        let words = format!("--name one --memory 16M --timeout 60 {serial} {words}");
-        let started = self.run("run").arg(guest.path()).words(&words).start();
-        grows(&self.path("out"), 0);
-        started
-    }
-
-    /// Writes a snapshot of a machine that is paused, so that all that it printed before is in its file.
-    fn snapshot(&self, name: &str) -> PathBuf {
-        let folder = self.path(name);
-        self.tell("pause one");
-        std::thread::sleep(common::within(0.1));
-        self.tell(&format!("snapshot one {}", folder.display()));
-        folder
-    }
-}
-
-fn text(path: &Path) -> String {
-    std::fs::read_to_string(path).unwrap_or_default()
-}
-
-/// Counts in RAM, and prints the last three bits of it as a digit, again and again: 123456701…
-///
-/// `mov dx, 0x3f8; 1: inc word [0x2000]; mov al, [0x2000]; and al, 7; add al, '0'; out dx, al; jmp 1b`
-fn counts() -> File {
-    let x86: &[u8] =
-        &[0xba, 0xf8, 0x03, 0xff, 0x06, 0x00, 0x20, 0xa0, 0x00, 0x20, 0x24, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xf2];
-    // Elsewhere: prints, and does not count.
-    if THERE { file(x86) } else { chatter() }
-}
-
-/// What counts goes on counting behind the last digit of `before`.
-#[track_caller]
-fn goes_on(before: &str, after: &str) {
-    let digits: Vec<u32> = before.chars().rev().take(1).chain(after.chars()).map(|c| c.to_digit(8).unwrap()).collect();
-    assert!(digits.len() > 10, "{after}");
-    let wrong = digits.windows(2).position(|two| (two[0] + 1) % 8 != two[1]);
-    assert_eq!(wrong, None, "{after:.40}");
-}
-
 #[test]
 fn a_machine_goes_on_where_its_snapshot_was_written() {
-    if !there() {
+    if !kvm() {
         return;
     }
-    for words in ["", "--irqchip kernel --cpus 2", "--irqchip split", "--irqchip kernel --rng on"] {
+    for words in kept() {
         let (place, guest) = (Place::new(), counts());
-        let started = place.machine(&guest, words);
+        let started = place.counter(&guest, &words);
         let folder = place.snapshot("first");
         let (out, before) = (place.path("out"), text(&place.path("out")));
         place.tell("resume one");
@@ -111,13 +53,13 @@ fn a_machine_goes_on_where_its_snapshot_was_written() {
             }
         }
         let shown = place.run("inspect").arg(&folder).run().expect(0).out();
-        assert!(shown.starts_with("snapshot: of an x86-64 machine"), "{shown}");
+        assert!(shown.starts_with(&format!("snapshot: of an {} machine", bantam::arch::NAME)), "{shown}");
     }
 }
 
 #[test]
 fn what_is_typed_reaches_a_machine_that_was_restored() {
-    if !there() {
+    if !kvm() {
         return;
     }
     let place = Place::new();
@@ -136,7 +78,7 @@ fn what_is_typed_reaches_a_machine_that_was_restored() {
 /// A stock kernel, its devices at work, twice from one snapshot.
 #[test]
 fn a_linux_goes_on_where_its_snapshot_was_written() {
-    if !there() || guest::kernel(shell::KERNEL).is_none() {
+    if !kvm() || guest::kernel(shell::KERNEL).is_none() {
         return;
     }
     let place = Place::new();
@@ -145,6 +87,7 @@ fn a_linux_goes_on_where_its_snapshot_was_written() {
     let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro", disk.display());
     let Some(mut shell) = Shell::start(&words, "virtio_blk virtio-rng") else { return };
     shell.run("echo kept >/tmp/file; head -c 6 /dev/vda");
+    guest::note(&shell.ask("grep virtio /proc/interrupts; ls -d /sys/bus/platform/drivers/vmgenid/*"));
     let told = bantam(&format!("snapshot {name} {}", folder.display())).run().expect(0).out();
     guest::note(&told);
     shell.is("cat /tmp/file", "kept");
@@ -153,7 +96,9 @@ fn a_linux_goes_on_where_its_snapshot_was_written() {
     for _ in 0..2 {
         let mut shell = Shell::restore(&folder);
         // It is told that it is another machine, and makes new random numbers.
-        shell.is("dmesg | grep -c 'crng reseeded due to virtual machine fork'", "1");
+        if cfg!(target_arch = "x86_64") {
+            shell.is("dmesg | grep -c 'crng reseeded due to virtual machine fork'", "1");
+        }
         numbers.insert(shell.ask("head -c 16 /dev/urandom | md5sum"));
         shell.is("cat /tmp/file", "kept");
         shell.is("echo 3 >/proc/sys/vm/drop_caches; head -c 6 /dev/vda; head -c 512 /dev/hwrng | wc -c", "bantam512");
@@ -182,34 +127,30 @@ fn differences(at: &str, one: &Value, other: &Value, into: &mut Vec<String>) {
     }
 }
 
+/// The machine of a snapshot, before it goes on.
+fn of(snapshot: &Snapshot) -> anyhow::Result<Machine<Paused>> {
+    let mut config = snapshot.manifest.config.clone();
+    config.serial = bantam::config::Serial::None;
+    Machine::of(snapshot, &config, &Streams::open(&config)?)
+}
+
 #[test]
 fn a_state_that_was_loaded_is_saved_the_same() {
-    if !there() {
+    if !kvm() {
         return;
     }
-    for words in ["", "--irqchip kernel --cpus 2", "--irqchip split --rng on"] {
+    for words in kept() {
         let (place, guest) = (Place::new(), counts());
-        let started = place.machine(&guest, words);
+        let started = place.counter(&guest, &words);
         let folder = place.snapshot("one");
         place.tell("stop one");
         started.wait().expect(143);
         let snapshot = Snapshot::open(&folder, How::default()).unwrap();
-        let mut config = snapshot.manifest.config.clone();
-        config.serial = bantam::config::Serial::None;
-        let streams = Streams::open(&config).unwrap();
-        let mut machine = machine::build(&config, &streams).unwrap();
-        machine.load(&snapshot.state).unwrap();
+        let machine = of(&snapshot).unwrap();
         let json = |state| serde_json::to_value(state).unwrap();
         let mut found = Vec::new();
         differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
-        // These follow time: the guest's clock, the time-stamp counter, and since when each channel of the 8254 counts.
-        let loaded = [4, 5, 10, 11, 16, 17].map(|word| format!("/kvm/parts/pit/words/{word}: "));
-        let of_time = |path: &str| {
-            path.starts_with("/kvm/clock/words/")
-                || path.starts_with("/kvm/times/") && path.contains("/0/1: ")
-                || loaded.iter().any(|word| path.starts_with(word))
-        };
-        found.retain(|path| !of_time(path));
+        found.retain(|path| !follows_time(path));
         assert!(found.is_empty(), "{words}: {found:#?}");
     }
 }
@@ -220,23 +161,18 @@ fn what_cannot_be_is_refused_and_the_machine_goes_on() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.machine(&guest, "");
+    let started = place.counter(&guest, "");
     let (folder, out) = (place.path("one"), place.path("out"));
     let snapshot = |path: &Path| place.run(&format!("snapshot one {}", path.display())).run();
-    if THERE {
-        snapshot(&folder).expect(0);
-        snapshot(&folder).refused(125).said("is there already");
-        snapshot(&place.path("none/one")).refused(125).said("No such file or directory");
-        place.run("restore").arg(&folder).words("--memory 32M").run().refused(2).said("--memory");
-        place.run("restore").arg(&folder).words("--cpus 2").run().refused(2).said("--cpus");
-        let state = folder.join("state.json");
-        let text = std::fs::read_to_string(&state).unwrap();
-        std::fs::write(&state, text.replacen('1', "2", 1)).unwrap();
-        place.run("restore").arg(&folder).run().refused(125).said("state.json: it is not as it was written");
-    } else {
-        snapshot(&folder).refused(125).said("snapshots of arm64 machines are not there yet");
-        assert!(!folder.exists() && !place.path("one.partial").exists());
-    }
+    snapshot(&folder).expect(0);
+    snapshot(&folder).refused(125).said("is there already");
+    snapshot(&place.path("none/one")).refused(125).said("No such file or directory");
+    place.run("restore").arg(&folder).words("--memory 32M").run().refused(2).said("--memory");
+    place.run("restore").arg(&folder).words("--cpus 2").run().refused(2).said("--cpus");
+    let state = folder.join("state.json");
+    let text = std::fs::read_to_string(&state).unwrap();
+    std::fs::write(&state, text.replacen('1', "2", 1)).unwrap();
+    place.run("restore").arg(&folder).run().refused(125).said("state.json: it is not as it was written");
     place
         .run("restore")
         .arg(place.path("nowhere"))
@@ -253,14 +189,14 @@ fn what_cannot_be_is_refused_and_the_machine_goes_on() {
 /// At moments that depend on the seed. What has the name of a snapshot is one.
 #[test]
 fn p24_a_monitor_that_is_killed_leaves_a_whole_snapshot_or_none() {
-    if !there() {
+    if !kvm() {
         return;
     }
     let (first, count) = common::soak().unwrap_or((1, if common::host_is_emulated() { 4 } else { 12 }));
     let (mut whole, guest) = (0, counts());
     for seed in first..first + count {
         let place = Place::new();
-        let started = place.machine(&guest, "");
+        let started = place.counter(&guest, "");
         let folder = place.path("one");
         let asked = place.run(&format!("snapshot one {}", folder.display())).start();
         let (half, until) = (place.path("one.partial"), Instant::now() + common::within(10.0));
@@ -293,11 +229,11 @@ fn p24_a_monitor_that_is_killed_leaves_a_whole_snapshot_or_none() {
 #[test]
 fn a_file_is_compared_once_and_again_when_it_has_changed() {
     use std::os::unix::fs::{FileExt, MetadataExt};
-    if !there() {
+    if !kvm() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.machine(&guest, "");
+    let started = place.counter(&guest, "");
     let folder = place.snapshot("one");
     place.tell("stop one");
     started.wait().expect(143);
@@ -334,11 +270,11 @@ fn a_file_is_compared_once_and_again_when_it_has_changed() {
 /// Nobody changes what a guest's RAM is made of: who tries waits, and the guest ends first.
 #[test]
 fn p27_a_snapshot_that_is_changed_ends_the_machines_that_came_of_it() {
-    if !there() {
+    if !kvm() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.machine(&guest, "");
+    let started = place.counter(&guest, "");
     let folder = place.snapshot("one");
     place.tell("stop one");
     started.wait().expect(143);
@@ -362,7 +298,7 @@ fn p27_a_snapshot_that_is_changed_ends_the_machines_that_came_of_it() {
     // One that is taken away is there as long as somebody needs it.
     let again = place.path("again");
     std::fs::remove_file(place.path("out")).unwrap();
-    let started = place.machine(&guest, "");
+    let started = place.counter(&guest, "");
     place.tell("pause one");
     place.tell(&format!("snapshot one {}", again.display()));
     place.tell("stop one");
@@ -403,14 +339,14 @@ fn spoil(value: &mut Value, random: &mut Random) {
 /// refused, or runs.
 #[test]
 fn p26_a_hostile_state_is_refused_or_runs() {
-    if !there() {
+    if !kvm() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
     let disk = place.path("disk");
     std::fs::write(&disk, vec![1; 1 << 16]).unwrap();
     let devices = format!("--disk {} --vsock cid=3,path={} --balloon", disk.display(), place.path("v").display());
-    let started = place.machine(&guest, &format!("--irqchip split --cpus 2 --rng on --transport pci {devices}"));
+    let started = place.counter(&guest, &format!("{PCI} {devices}"));
     let folder = place.snapshot("one");
     place.tell("stop one");
     started.wait().expect(143);
@@ -446,4 +382,67 @@ fn p26_a_hostile_state_is_refused_or_runs() {
         }
     }
     assert!(common::soak().is_some() || refused > 0 && ran > 0, "{refused} refused, {ran} ran");
+}
+
+/// And not from where it would be had the machine run on: all its counters, of which KVM has one for all CPUs.
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn the_guests_clock_goes_on_from_where_it_was() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.counter(&guest, "--cpus 2");
+    let folder = place.snapshot("one");
+    place.tell("stop one");
+    started.wait().expect(143);
+    let snapshot = Snapshot::open(&folder, How::default()).unwrap();
+    std::thread::sleep(common::within(1.0));
+    let (begun, machine) = (Instant::now(), of(&snapshot).unwrap());
+    let clock = |state| serde_json::to_value(state).unwrap()["kvm"]["clock"].take();
+    let (before, after) = (clock(&snapshot.state), clock(&machine.save().unwrap()));
+    let took = begun.elapsed().as_secs_f64();
+    let seconds = |count: &Value| count.as_u64().unwrap() as f64 / before["hertz"].as_u64().unwrap() as f64;
+    for (before, after) in before["counters"].as_array().unwrap().iter().zip(after["counters"].as_array().unwrap()) {
+        let passed = seconds(&after[1]) - seconds(&before[1]);
+        assert!((0.0..=took).contains(&passed), "{passed} s of {took}: {before} {after}");
+    }
+    assert_eq!(before["counters"].as_array().unwrap().len(), after["counters"].as_array().unwrap().len());
+}
+
+/// The same of its CPUs and of what KVM emulates: a machine that never runs takes it, or says why not.
+#[cfg(target_arch = "aarch64")]
+#[test]
+fn a_hostile_state_of_cpus_is_refused_or_taken() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.counter(&guest, "--cpus 2");
+    let folder = place.snapshot("one");
+    place.tell("stop one");
+    started.wait().expect(143);
+    let mut snapshot = Snapshot::open(&folder, How::default()).unwrap();
+    let good = serde_json::to_value(&snapshot.state).unwrap();
+    let (first, count) = common::soak().unwrap_or((1, 200));
+    let (mut refused, mut taken) = (0, 0);
+    for seed in first..first + count {
+        let (mut random, mut state) = (Random(seed), good.clone());
+        for _ in 0..=random.below(3) {
+            let mut all = Vec::new();
+            leaves(&mut state[["cpus", "kvm"][random.index(2)]], &mut all);
+            let leaf = random.index(all.len());
+            spoil(all[leaf], &mut random);
+        }
+        let Ok(state) = serde_json::from_value(state) else {
+            refused += 1;
+            continue;
+        };
+        snapshot.state = state;
+        match of(&snapshot) {
+            Ok(_) => taken += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 0 && taken > 0, "{refused} refused, {taken} taken");
 }

@@ -45,6 +45,23 @@ fn pair(word: String) -> (String, Option<String>) {
 }
 
 impl Words {
+    /// The first word, and what is behind it: nothing, or a comma and more.
+    pub fn split(&self) -> (String, &str) {
+        let (mut first, mut letters) = (String::new(), self.0.char_indices().peekable());
+        while let Some((at, letter)) = letters.next() {
+            if letter == ',' && letters.next_if(|(_, next)| *next == ',').is_none() {
+                return (first, self.0.get(at..).unwrap_or_default());
+            }
+            first.push(letter);
+        }
+        (first, "")
+    }
+
+    /// Such a text of a first word, and what [`Words::split`] gave.
+    pub fn join(first: &str, rest: &str) -> Self {
+        Self(first.replace(',', ",,") + rest)
+    }
+
     /// Takes the text apart; `option` is what it was given to.
     pub fn take(&self, option: &str) -> Taken {
         let mut words = vec![String::new()];
@@ -155,6 +172,17 @@ mod tests {
         assert!(words.flag("ro").unwrap() && !words.flag("ro").unwrap());
         assert_eq!(words.value::<u16>("serial").unwrap(), None);
         words.end().unwrap();
+    }
+
+    #[test]
+    fn the_first_word_can_be_another() {
+        for (text, first, rest) in
+            [("a,,b,ro,x=1,,2", "a,b", ",ro,x=1,,2"), ("a", "a", ""), (",,", ",", ""), ("", "", "")]
+        {
+            let words: Words = text.parse().unwrap();
+            assert_eq!(words.split(), (first.to_owned(), rest));
+            assert_eq!(Words::join(first, rest), words);
+        }
     }
 
     #[test]

@@ -60,7 +60,14 @@ pub enum Request {
     Snapshot {
         /// A folder that is not there yet, by its whole path.
         path: PathBuf,
+        /// It is to be there after whatever happens to the host; nobody waits for the disk else.
+        #[serde(default = "keeps")]
+        keep: bool,
     },
+}
+
+fn keeps() -> bool {
+    true
 }
 
 /// Whether a machine's CPUs and devices are at work.

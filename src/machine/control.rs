@@ -3,7 +3,6 @@
 //! A machine with a name of its own takes its socket before it is built. Any other makes one once it has lived for
 //! [`LATE`]: to make it takes longer than a small guest runs, and nobody asks a machine of two milliseconds anything.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +14,7 @@ use crate::control::{Answer, Info, Request, Server, State, check_name};
 use crate::error::refuse;
 use crate::event::Readiness;
 use crate::host::say::say;
+use crate::snapshot::Target;
 use crate::virtio::balloon;
 
 const LATE: Duration = Duration::from_millis(50);
@@ -44,7 +44,7 @@ pub struct Wish {
     /// To be in this state from now on; whoever wants it waits for [`Control::is`].
     pub state: Option<State>,
     /// To write a snapshot to this folder; whoever wants it waits for [`Control::answer`].
-    pub snapshot: Option<PathBuf>,
+    pub snapshot: Option<Target>,
 }
 
 impl Control {
@@ -208,8 +208,8 @@ fn answer(
         }
         (Request::Pause {}, _) => return be(State::Paused, info, wish),
         (Request::Resume {}, _) => return be(State::Running, info, wish),
-        (Request::Snapshot { path }, _) => {
-            wish.snapshot = Some(path);
+        (Request::Snapshot { path, keep }, _) => {
+            wish.snapshot = Some(Target { path, keep });
             return None;
         }
     };

@@ -1,6 +1,5 @@
 //! A machine that stands still, as a snapshot; and one that was just built, from it.
 
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -9,13 +8,14 @@ use kvm_ioctls::VcpuFd;
 use super::streams::Streams;
 use super::{Machine, Paused, build_on};
 use crate::config::Config;
-use crate::snapshot::{self, Snapshot, State};
+use crate::snapshot::{self, Snapshot, State, Target};
 use crate::vcpu::Vcpu;
 use crate::vm::kvm;
 use crate::{arch, board};
 
 impl Machine<Paused> {
-    /// What the machine holds besides its RAM. Its devices finish first what they are at.
+    /// What the machine holds besides its RAM, which is not complete before: its devices finish first what they are at, and
+    /// some interrupt controllers write what they know to it.
     ///
     /// # Errors
     /// KVM refuses.
@@ -26,50 +26,56 @@ impl Machine<Paused> {
         let one =
             |vcpu: &Vcpu| arch::save_cpu(kvm()?, vcpu.fd(), irqchip).with_context(|| format!("CPU {}", vcpu.id()));
         let cpus = self.state.vcpus.iter().map(one).collect::<Result<_>>()?;
-        Ok(State { cpus, kvm: arch::save_vm(self.vm.fd(), &self.cpus(), irqchip)?, devices })
+        // This too may write to RAM.
+        Ok(State { cpus, kvm: board::save_vm(&self.vm, &self.cpus(), &self.board, irqchip)?, devices })
     }
 
     fn cpus(&self) -> Vec<&VcpuFd> {
         self.state.vcpus.iter().map(Vcpu::fd).collect()
     }
 
-    /// Builds the machine of a snapshot, which has not run yet. `config` says what it has another of, as its name.
+    /// Builds the machine of a snapshot, as it was when that was written. `config` says what it has another of, as its name.
     ///
     /// # Errors
     /// The host cannot make it, or the snapshot is not as it was written, or of a machine of another kind.
-    pub fn spawn(snapshot: &Snapshot, config: &Config, streams: &Streams) -> Result<Self> {
+    pub fn of(snapshot: &Snapshot, config: &Config, streams: &Streams) -> Result<Self> {
         let mut machine = build_on(config, streams, |spans| snapshot.memory(spans))?;
         machine.load(&snapshot.state)?;
+        Ok(machine)
+    }
+
+    /// The same for one that goes on, and is told that it is another machine now.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn spawn(snapshot: &Snapshot, config: &Config, streams: &Streams) -> Result<Self> {
+        let machine = Self::of(snapshot, config, streams)?;
         // A guest that waits for input asked for it in its former life; nobody else is at the device yet.
         let _ = machine.board.buses.service(machine.board.serial);
         board::renew(&machine.board, &machine.memory)?;
         Ok(machine)
     }
 
-    /// Puts a machine that was just built into a state.
-    ///
-    /// # Errors
-    /// It is that of a machine of another kind.
-    pub fn load(&mut self, state: &State) -> Result<()> {
+    fn load(&mut self, state: &State) -> Result<()> {
         let State { cpus, kvm: of_kvm, devices } = state;
         anyhow::ensure!(cpus.len() == self.state.vcpus.len(), "the state is that of {} CPUs", cpus.len());
         for (vcpu, saved) in self.state.vcpus.iter().zip(cpus) {
             arch::load_cpu(kvm()?, vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;
         }
-        arch::load_vm(self.vm.fd(), &self.cpus(), of_kvm)?;
+        board::load_vm(&self.vm, &self.cpus(), &self.board, of_kvm)?;
         // Last: what raises an interrupt needs somebody to raise it to.
         self.board.buses.load(devices)
     }
 
     /// Writes a snapshot, and tells whoever asked for it.
-    pub(super) fn snapshot(&self, path: &Path, streams: &mut Streams) {
+    pub(super) fn snapshot(&self, target: &Target, streams: &mut Streams) {
         let begun = Instant::now();
         let config = self.config.of_a_snapshot();
         let guest = streams.control.guest();
-        let whole = path.is_absolute().then_some(()).context("the folder is to be named by its whole path");
+        let whole = target.path.is_absolute().then_some(()).context("the folder is to be named by its whole path");
         let written = whole
             .and_then(|()| self.save())
-            .and_then(|state| snapshot::write(path, guest, &config, &state, &self.memory));
+            .and_then(|state| snapshot::write(target, guest, &config, &state, &self.memory));
         let answer = written.map_err(|e| format!("{e:#}")).map(|written| {
             format!("{{\"memory\":{},\"seconds\":{:.6}}}", written.memory, begun.elapsed().as_secs_f64())
         });

@@ -4,7 +4,6 @@
 //! terminal or a pipe does. (While a snapshot is written, it waits for the disk.)
 
 use std::cell::Cell;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -20,6 +19,7 @@ use crate::control::State;
 use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::sys::{self, lease};
+use crate::snapshot::Target;
 use crate::vcpu::{Idle, Stop};
 
 const SIGNALS: u64 = 10;
@@ -162,7 +162,7 @@ impl Machine<Running> {
         }
         let stops = match (wish.state, wish.snapshot) {
             (Some(State::Paused), _) => Served::Pause,
-            (_, Some(path)) => Served::Snapshot(path),
+            (_, Some(target)) => Served::Snapshot(target),
             _ => return wish.count.then_some(Served::Count),
         };
         // It goes on with whoever is to count.
@@ -228,7 +228,7 @@ impl Machine<Paused> {
                 streams.control.is(State::Paused);
                 return self.stand(readiness, life, streams);
             }
-            Served::Snapshot(path) => self.snapshot(&path, streams),
+            Served::Snapshot(target) => self.snapshot(&target, streams),
             Served::End(end) => {
                 let goes_on = board::can_wake(&self.board, &self.state.vcpus, &self.memory)?;
                 return Ok((!goes_on).then_some(end));
@@ -262,8 +262,8 @@ impl Machine<Paused> {
             if asked.count {
                 life.telling.start();
             }
-            if let Some(path) = &asked.snapshot {
-                self.snapshot(path, streams);
+            if let Some(target) = &asked.snapshot {
+                self.snapshot(target, streams);
             }
             let wish = streams.serve(readiness, &ready)?;
             typed |= wish.input;
@@ -316,7 +316,7 @@ enum Served {
     /// Somebody wants the machine to stand still.
     Pause,
     /// A snapshot is to be written.
-    Snapshot(PathBuf),
+    Snapshot(Target),
     /// The process was stopped for a while: the CPUs stop once more, and are told.
     Continued,
     /// `ctrl-a r`: the CPUs stop, a report shows them, and they go on.

@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 
 use self::ram::{Image, Ram};
-use crate::arch::{self, SavedCpu, SavedVm};
+use crate::arch::{self, SavedCpu};
+use crate::board::SavedVm;
 use crate::bus::Saved;
 use crate::config::{Config, Size};
 use crate::error::{Refusal, refuse};
@@ -73,6 +74,20 @@ impl Disk {
         Ok(Self { bytes: file.len(), modified: (file.mtime(), file.mtime_nsec()), path })
     }
 
+    /// A machine that had this one can have that.
+    fn check(&self, now: &Self) -> Result<(), Refusal> {
+        if self.path == now.path && self != now {
+            let why = "this disk has been written to since the snapshot was, and its machine would not know";
+            let hint = "give it a copy of the disk as it was: --disk OLD=NEW";
+            return Err(broken(&self.path, why).hint(hint));
+        }
+        if self.bytes != now.bytes {
+            let why = format!("it has {} bytes, and {} had {}", now.bytes, self.path.display(), self.bytes);
+            return Err(broken(&now.path, &why));
+        }
+        Ok(())
+    }
+
     fn all(config: &Config) -> Result<Vec<Self>> {
         config.disk.iter().map(|words| Self::at(Path::new(words.take("--disk").first()))).collect()
     }
@@ -123,6 +138,24 @@ pub struct How {
     pub copy: bool,
 }
 
+/// Where a snapshot is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// A folder that is not there yet.
+    pub path: PathBuf,
+    /// It is to be there after whatever happens to the host.
+    pub keep: bool,
+}
+
+impl Target {
+    fn sync(&self, file: &File, path: &Path) -> Result<()> {
+        if self.keep {
+            file.sync_all().with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
 /// What was written.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Written {
@@ -139,9 +172,10 @@ fn make(path: &Path) -> Result<File> {
     file.with_context(|| format!("cannot make {}", path.display()))
 }
 
-fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+fn put(path: &Path, bytes: &[u8], target: &Target) -> Result<()> {
     let mut file = make(path)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))
+    file.write_all(bytes).with_context(|| format!("writing {}", path.display()))?;
+    target.sync(&file, path)
 }
 
 fn is_partial(path: &Path) -> bool {
@@ -159,7 +193,8 @@ fn partial(path: &Path) -> PathBuf {
 ///
 /// # Errors
 /// The folder is there, or the host cannot write it; nothing is left behind then.
-pub fn write(path: &Path, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
+pub fn write(target: &Target, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
+    let path = &target.path;
     if path.symlink_metadata().is_ok() {
         let why = format!("{} is there already, and a snapshot never changes", path.display());
         return Err(refuse(why).hint("name a folder that is not there").into());
@@ -170,12 +205,12 @@ pub fn write(path: &Path, guest: &str, config: &Config, state: &State, memory: &
     }
     let folder = partial(path);
     let _own = begin(&folder)?;
-    let written = fill(&folder, guest, config, state, memory).and_then(|written| {
+    let written = fill((&folder, target), guest, config, state, memory).and_then(|written| {
         // Not over one that has come in the meantime.
         renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
             .with_context(|| format!("giving {} its name", path.display()))?;
         let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(above).and_then(|above| above.sync_all()).with_context(|| above.display().to_string())?;
+        target.sync(&File::open(above).with_context(|| above.display().to_string())?, above)?;
         Ok(written)
     });
     if written.is_err() {
@@ -219,10 +254,16 @@ fn clear(folder: &Path) -> std::io::Result<()> {
     std::fs::remove_dir(folder)
 }
 
-fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
-    let ram = ram::pour(&folder.join(MEMORY), memory)?;
+fn fill(
+    (folder, target): (&Path, &Target),
+    guest: &str,
+    config: &Config,
+    state: &State,
+    memory: &Memory,
+) -> Result<Written> {
+    let ram = ram::pour(&folder.join(MEMORY), memory, target)?;
     let state = serde_json::to_vec(state)?;
-    put(&folder.join(STATE), &state)?;
+    put(&folder.join(STATE), &state, target)?;
     let manifest = Manifest {
         format: FORMAT,
         bantam: env!("CARGO_PKG_VERSION").into(),
@@ -235,9 +276,9 @@ fn fill(folder: &Path, guest: &str, config: &Config, state: &State, memory: &Mem
     };
     let written = Written { memory: manifest.memory.kept() };
     let manifest = serde_json::to_vec_pretty(&manifest)?;
-    put(&folder.join(MANIFEST), &manifest)?;
-    put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes())?;
-    File::open(folder).and_then(|folder| folder.sync_all()).with_context(|| folder.display().to_string())?;
+    put(&folder.join(MANIFEST), &manifest, target)?;
+    put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes(), target)?;
+    target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)?;
     Ok(written)
 }
 
@@ -302,11 +343,14 @@ impl Manifest {
 
 impl std::fmt::Display for Manifest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { bantam, architecture, guest, config, memory, .. } = self;
+        let Self { bantam, architecture, guest, config, memory, disks, .. } = self;
         writeln!(f, "snapshot: of an {architecture} machine, format {FORMAT}, by Bantam {bantam}")?;
         writeln!(f, "guest: {}", printable(guest).replace('\n', "\\n"))?;
         writeln!(f, "machine: {} CPUs, {} of RAM", config.cpus.count(), config.memory)?;
-        writeln!(f, "memory: {} that are not zeroes", Size(memory.kept()))
+        writeln!(f, "memory: {} that are not zeroes", Size(memory.kept()))?;
+        let disk =
+            |disk: &Disk| format!("disk: {}, {} bytes\n", printable(&disk.path.display().to_string()), disk.bytes);
+        f.write_str(&disks.iter().map(disk).collect::<String>())
     }
 }
 
@@ -316,20 +360,17 @@ impl Snapshot {
     /// # Errors
     /// It is not complete, or not as it was written; the file that is not is named.
     pub fn open(folder: &Path, how: How) -> Result<Self> {
-        Self::of(folder, Manifest::open(folder)?, how)
+        let manifest = Manifest::open(folder)?;
+        let config = manifest.config.clone();
+        Self::of(folder, manifest, &config, how)
     }
 
-    /// As [`Snapshot::open`], with the manifest that was read from there.
+    /// As [`Snapshot::open`], with the manifest that was read from there, for machines that are connected as `config` says.
     ///
     /// # Errors
     /// The same.
-    pub fn of(folder: &Path, manifest: Manifest, how: How) -> Result<Self> {
-        for disk in &manifest.disks {
-            if Disk::at(&disk.path)? != *disk {
-                let why = "this disk has been written to since the snapshot was, and its machine would not know";
-                return Err(broken(&disk.path, why).into());
-            }
-        }
+    pub fn of(folder: &Path, manifest: Manifest, config: &Config, how: How) -> Result<Self> {
+        manifest.disks.iter().zip(Disk::all(config)?).try_for_each(|(disk, now)| disk.check(&now))?;
         let path = folder.join(STATE);
         let bytes = take(&path)?;
         if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != manifest.state {
@@ -345,6 +386,15 @@ impl Snapshot {
             image.check(how.verify)?;
         }
         Ok(Self { manifest, state, image, copy })
+    }
+
+    /// What a process has to keep that was started since this was opened, so that nobody changes the RAM of its machine; none
+    /// where it has a copy.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn keep(&self) -> Result<Option<File>> {
+        (!self.copy).then(|| self.image.keep_too()).transpose()
     }
 
     /// The RAM of a machine that goes on from here, whose mappings these are; they are shared with the file, which never

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Verify, broken, checked, make, sum};
+use super::{Target, Verify, broken, checked, make, sum};
 use crate::error::Refusal;
 use crate::host::sys;
 use crate::memory::{Memory, Span, pages};
@@ -57,7 +58,7 @@ fn spans(memory: &Memory) -> impl Iterator<Item = Span> {
 }
 
 /// Writes RAM, but for what is all zeroes.
-pub fn pour(path: &Path, memory: &Memory) -> Result<Ram> {
+pub fn pour(path: &Path, memory: &Memory, target: &Target) -> Result<Ram> {
     let file = make(path)?;
     let ((places, all), mut blocks) = (places(spans(memory)), Vec::new());
     let mut bytes = vec![0; BLOCK as usize];
@@ -80,7 +81,8 @@ pub fn pour(path: &Path, memory: &Memory) -> Result<Ram> {
             next = next.max(end / BLOCK + 1);
         }
     }
-    file.set_len(all).and_then(|()| file.sync_all()).with_context(|| format!("writing {}", path.display()))?;
+    file.set_len(all).with_context(|| format!("writing {}", path.display()))?;
+    target.sync(&file, path)?;
     Ok(Ram { bytes: all, blocks })
 }
 
@@ -121,7 +123,22 @@ impl Image {
     /// # Errors
     /// Somebody writes to it at this moment.
     pub fn keep(&self) -> Result<(), Refusal> {
-        match sys::lease::take(&self.file) {
+        self.lease(&self.file)
+    }
+
+    /// The same for a process that was started since, as long as what it gives lives.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn keep_too(&self) -> Result<File> {
+        let file = File::open(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        let file = file.with_context(|| self.path.display().to_string())?;
+        self.lease(&file)?;
+        Ok(file)
+    }
+
+    fn lease(&self, file: &File) -> Result<(), Refusal> {
+        match sys::lease::take(file) {
             Err(e) if e.kind() == ErrorKind::WouldBlock => {
                 Err(broken(&self.path, "somebody has it open to write to it"))
             }

@@ -46,9 +46,15 @@ fn state() -> State {
             "clock":{"name":"clock","words":[]}},
             "devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
     } else {
-        r#"{"cpus":[{}],"kvm":{},"devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
+        r#"{"cpus":[{"mp_state":0,"registers":[[6931039826524241920,[1,2]]],"serror":false,"syndrome":null}],
+            "kvm":{"clock":{"hertz":1,"counters":[]},"gic":null},
+            "devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
     };
     serde_json::from_str(text).unwrap()
+}
+
+fn at(path: &Path) -> Target {
+    Target { path: path.into(), keep: true }
 }
 
 /// A folder with a snapshot in it.
@@ -56,7 +62,7 @@ fn snapshot() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("one");
     let config = Config { rng: Some(Switch::On), ..Config::default() };
-    let Written { memory } = write(&path, "guest", &config, &state(), &written()).unwrap();
+    let Written { memory } = write(&at(&path), "guest", &config, &state(), &written()).unwrap();
     assert_eq!(memory, 6 * BLOCK);
     (folder, path)
 }
@@ -74,7 +80,7 @@ fn what_was_written_is_read() {
         // What came of a snapshot is one again.
         memory.write(12 * BLOCK, b"new").unwrap();
         let again = folder.path().join(format!("again-{}", how.copy));
-        write(&again, "guest", &Config::default(), &state(), &memory).unwrap();
+        write(&at(&again), "guest", &Config::default(), &state(), &memory).unwrap();
         let after = Snapshot::open(&again, how).unwrap();
         assert!(all(&after.memory(&spans()).unwrap()) == all(&memory));
         assert_eq!(after.manifest.memory.kept(), 7 * BLOCK);
@@ -91,21 +97,22 @@ fn what_was_written_is_read() {
 #[test]
 fn a_snapshot_never_changes_and_nothing_is_left_of_one_that_failed() {
     let (folder, path) = snapshot();
-    let again = write(&path, "guest", &Config::default(), &state(), &written()).unwrap_err();
+    let again = write(&at(&path), "guest", &Config::default(), &state(), &written()).unwrap_err();
     assert!(again.to_string().contains("is there already"), "{again}");
-    assert!(write(&folder.path().join("none/two"), "", &Config::default(), &state(), &ram()).is_err());
+    assert!(write(&at(&folder.path().join("none/two")), "", &Config::default(), &state(), &ram()).is_err());
     // One that was killed is no snapshot, and in nobody's way.
     let half = folder.path().join("three.partial");
     std::fs::create_dir(&half).unwrap();
     std::fs::write(half.join(MEMORY), "x").unwrap();
     assert!(Snapshot::open(&half, MAP).err().unwrap().to_string().contains("never completed"));
-    write(&folder.path().join("three"), "guest", &Config::default(), &state(), &written()).unwrap();
+    write(&at(&folder.path().join("three")), "guest", &Config::default(), &state(), &written()).unwrap();
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     // What somebody else has put there, or writes at this moment, is not touched.
     let half = folder.path().join("four.partial");
     std::fs::create_dir(&half).unwrap();
     std::fs::write(half.join("thesis"), "x").unwrap();
-    let four = || write(&folder.path().join("four"), "guest", &Config::default(), &state(), &written()).unwrap_err();
+    let four =
+        || write(&at(&folder.path().join("four")), "guest", &Config::default(), &state(), &written()).unwrap_err();
     assert!(four().to_string().contains("not all in it is a snapshot's"), "{:#}", four());
     std::fs::remove_file(half.join("thesis")).unwrap();
     let other = begin(&half).unwrap();
@@ -204,12 +211,12 @@ fn a_disk_that_has_changed_since_is_found() {
     std::fs::write(&disk, [0; 512]).unwrap();
     let config = Config { disk: vec![disk.display().to_string().parse().unwrap()], ..Config::default() };
     let path = folder.path().join("one");
-    write(&path, "guest", &config, &state(), &written()).unwrap();
+    write(&at(&path), "guest", &config, &state(), &written()).unwrap();
     Snapshot::open(&path, MAP).unwrap();
     std::fs::write(&disk, [1; 512]).unwrap();
     let told = Snapshot::open(&path, MAP).err().unwrap().to_string();
     assert!(told.contains("has been written to since"), "{told}");
     std::fs::remove_file(&disk).unwrap();
     assert!(Snapshot::open(&path, MAP).is_err());
-    assert!(write(&folder.path().join("two.partial"), "guest", &config, &state(), &ram()).is_err());
+    assert!(write(&at(&folder.path().join("two.partial")), "guest", &config, &state(), &ram()).is_err());
 }

@@ -16,6 +16,7 @@
 #[cfg_attr(target_arch = "aarch64", path = "aarch64.rs")]
 #[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
 pub mod arch;
+pub mod counting;
 pub mod place;
 pub use arch::code;
 

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub mod disk;
 pub mod lease;
+pub mod process;
 pub mod room;
 pub mod state;
 pub mod uring;

@@ -1,0 +1,146 @@
+//! Many machines of one.
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use common::counting::{counts, goes_on, text};
+use common::place::{Place, grows, size};
+use common::{File, kvm};
+
+impl Place {
+    /// A snapshot of a machine that counts and has ended; gives what it had printed.
+    fn counted(&self, guest: &File, words: &str) -> String {
+        let started = self.counter(guest, words);
+        self.snapshot("snapshot");
+        self.tell("stop one");
+        started.wait().expect(143);
+        text(&self.path("out"))
+    }
+
+    fn clone(&self, of: &Path, words: &str) -> common::Run {
+        self.run("clone").arg(of).words(words).words("--timeout 60")
+    }
+}
+
+#[test]
+fn p28_many_clones_of_one_snapshot_all_go_on_each_by_itself() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let before = place.counted(&guest, "");
+    let count = if common::host_is_emulated() { 8 } else { 64 };
+    let out = place.path("{}.out");
+    let words = format!("--count {count} --name c --serial file:{}", out.display());
+    let started = place.clone(&place.path("snapshot"), &words).start();
+    let outs: Vec<_> = (1..=count).map(|number| place.path(&format!("{number}.out"))).collect();
+    outs.iter().for_each(|out| grows(out, 20));
+    // All at once, each with a name of its own.
+    let listed = place.run("ps").run().expect(0).out();
+    let names: BTreeSet<_> = listed.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
+    let wanted: BTreeSet<_> = (1..=count).map(|number| format!("c-{number}")).collect();
+    assert!(names.iter().copied().eq(wanted.iter().map(String::as_str)), "{listed}");
+    // One that is stopped is none of the others' business; nor is one that is killed.
+    place.tell("stop c-2");
+    let second = size(&outs[1]);
+    grows(&outs[0], size(&outs[0]));
+    assert_eq!(size(&outs[1]), second);
+    started.signal("TERM");
+    started.wait().expect(143).said("clones ended with a status that is not 0; the first, 1, with 143");
+    outs.iter().for_each(|out| goes_on(&before, &text(out)));
+    let left = place.run("ps").run().expect(0).out();
+    assert_eq!(left.lines().count(), 1, "{left}");
+    // No page that they wrote is in the snapshot.
+    place.clone(&place.path("snapshot"), "--verify always --serial none --max-exits 200").run().expect(124);
+}
+
+#[test]
+fn a_machine_that_runs_is_cloned_and_none_the_worse_for_it() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.counter(&guest, "");
+    let words = format!("--count 2 --max-exits 2000 --serial file:{}", place.path("{}").display());
+    place.clone(Path::new("one"), &words).run().expect(124);
+    for out in ["1", "2"] {
+        let out = text(&place.path(out));
+        goes_on(&out[..1], &out[1..]);
+    }
+    let out = place.path("out");
+    grows(&out, size(&out));
+    place.tell("stop one");
+    started.wait().expect(143);
+    goes_on("0", &text(&out));
+    place.clone(Path::new("one"), "").run().refused(125).said("no machine is called one");
+    place.clone(Path::new("one"), "--count 0").run().refused(2).said("--count");
+}
+
+#[test]
+fn clones_end_with_who_made_them() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    place.counted(&guest, "");
+    let words = format!("--count 2 --name c --serial file:{}", place.path("{}").display());
+    let started = place.clone(&place.path("snapshot"), &words).start();
+    ["1", "2"].iter().for_each(|out| grows(&place.path(out), 10));
+    started.signal("KILL");
+    started.wait().expect(-9);
+    let until = std::time::Instant::now() + common::within(10.0);
+    while place.run("ps").run().out().lines().count() > 1 {
+        assert!(std::time::Instant::now() < until, "they go on");
+    }
+}
+
+#[test]
+fn a_clone_has_sockets_and_disks_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let (disk, copy) = (place.path("disk"), place.path("copy"));
+    std::fs::write(&disk, vec![1; 1 << 16]).unwrap();
+    std::fs::copy(&disk, &copy).unwrap();
+    let vsock = place.path("v");
+    let words = format!("--irqchip kernel --disk {} --vsock cid=3,path={}", disk.display(), vsock.display());
+    place.counted(&guest, &words);
+    let folder = place.path("snapshot");
+    let shown = place.run("inspect").arg(&folder).run().expect(0).out();
+    assert!(shown.contains(&format!("disk: {}, 65536 bytes", disk.display())), "{shown}");
+    // Two that write to one disk cannot be; two that write beside it can.
+    let sockets = || {
+        let names = std::fs::read_dir(place.0.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with("v-")).count()
+    };
+    for mode in ["", "--disk-mode copy"] {
+        let words = format!("--count 2 {mode} --serial file:{}", place.path("{}").display());
+        let started = place.clone(&folder, &words).start();
+        ["1", "2"].iter().for_each(|out| grows(&place.path(out), 10));
+        assert_eq!(sockets(), 2);
+        started.signal("TERM");
+        started.wait().expect(143);
+        assert_eq!(sockets(), 0);
+        ["1", "2"].iter().for_each(|out| std::fs::remove_file(place.path(out)).unwrap());
+    }
+    place.clone(&folder, "--disk-mode share-ro").run().refused(2).said("the machine writes to");
+    // Another file for a disk, if it is as long.
+    let restore = |words: &str| {
+        let words = format!("--serial none --max-exits 200 --timeout 60 {words}");
+        place.run("restore").arg(&folder).words(&words).run()
+    };
+    restore(&format!("--disk {}={}", disk.display(), copy.display())).expect(124);
+    restore(&format!("--disk {}", copy.display())).refused(2).said("has the disks of its snapshot");
+    restore("--net user").refused(2).said("the machine had 0 of them, and 1 are named");
+    restore(&format!("--vsock path={}", place.path("w").display())).expect(124);
+    std::fs::write(&disk, vec![2; 1 << 16]).unwrap();
+    restore("").refused(125).said("has been written to since");
+    restore(&format!("--disk {}={}", disk.display(), copy.display())).expect(124);
+    std::fs::write(&copy, vec![2; 1 << 15]).unwrap();
+    restore(&format!("--disk {}={}", disk.display(), copy.display())).refused(125).said("it has 32768 bytes");
+}

@@ -1,0 +1,51 @@
+//! A machine that counts, and so shows that it goes on where it was.
+
+use std::path::{Path, PathBuf};
+
+use super::place::{Place, grows};
+use super::{File, Outcome, Started, code, file, within};
+
+impl Place {
+    /// Does something that has nothing to complain of.
+    pub fn tell(&self, words: &str) -> Outcome {
+        let outcome = self.run(words).run();
+        outcome.expect(0).said_nothing();
+        outcome
+    }
+
+    /// A machine called `one`, whose serial port writes to the file `out`.
+    pub fn counter(&self, guest: &File, words: &str) -> Started {
+        let serial = format!("--serial file:{}", self.path("out").display());
+        let words = format!("--name one --memory 16M --timeout 60 {serial} {words}");
+        let started = self.run("run").arg(guest.path()).words(&words).start();
+        grows(&self.path("out"), 0);
+        started
+    }
+
+    /// Writes a snapshot of a machine that is paused, so that all that it printed before is in its file.
+    pub fn snapshot(&self, name: &str) -> PathBuf {
+        let folder = self.path(name);
+        self.tell("pause one");
+        std::thread::sleep(within(0.1));
+        self.tell(&format!("snapshot one {}", folder.display()));
+        folder
+    }
+}
+
+pub fn text(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Counts in RAM, and prints the last three bits of it as a digit, again and again: 123456701…
+pub fn counts() -> File {
+    file(code::COUNTS)
+}
+
+/// What counts goes on counting behind the last digit of `before`.
+#[track_caller]
+pub fn goes_on(before: &str, after: &str) {
+    let digits: Vec<u32> = before.chars().rev().take(1).chain(after.chars()).map(|c| c.to_digit(8).unwrap()).collect();
+    assert!(digits.len() > 10, "{after}");
+    let wrong = digits.windows(2).position(|two| (two[0] + 1) % 8 != two[1]);
+    assert_eq!(wrong, None, "{after:.40}");
+}
