@@ -8,6 +8,7 @@ use kvm_ioctls::Cap;
 use crate::arch::{self, Feature, feature};
 use crate::board;
 use crate::config::Config;
+use crate::host::sys::userfault;
 use crate::vm::{Vm, kvm};
 
 /// What every architecture's KVM may have.
@@ -37,7 +38,7 @@ pub fn check() -> Result<(String, bool)> {
     let mut text = String::new();
     let mut line = |what: &str, value: &str| {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "{what:27} {value}");
+        let _ = writeln!(text, "{what:29} {value}");
     };
     line("architecture", arch::NAME);
     line("/dev/kvm", "can be opened");
@@ -49,6 +50,13 @@ pub fn check() -> Result<(String, bool)> {
     for (what, value) in arch::host_facts(kvm) {
         line(what, &value);
     }
+    let userfault = match userfault::is_there() {
+        Ok(()) => "yes      a snapshot or a clone is taken while the guest goes on".into(),
+        Err(e) => format!(
+            "no       a machine stands still until its snapshot is written ({e}): needs Linux 5.19 (arm64: 6.10), and root or vm.unprivileged_userfaultfd=1"
+        ),
+    };
+    line("userfaultfd, write protection", &userfault);
     // What only a machine can tell.
     let machine = arch::layout(&Config::default()).and_then(|layout| Vm::new(arch::vm_type(kvm, &layout)?));
     let mut able = machine.is_ok();

@@ -96,7 +96,9 @@ pub fn snapshot(name: &str, folder: &Path) -> Result<u8> {
     let path = std::path::absolute(folder).with_context(|| folder.display().to_string())?;
     let told = control::ask(name, &Request::Snapshot { path, keep: true })?;
     let (memory, seconds) = (told["memory"].as_u64().unwrap_or(0), told["seconds"].as_f64().unwrap_or(0.0));
-    print(format!("{} of RAM; the machine stood still for {:.1} ms\n", Size(memory), seconds * 1e3).as_bytes())
+    let why = told["copied"].as_str().map(|why| format!(", until all was written ({})", printable(why)));
+    let why = why.unwrap_or_default();
+    print(format!("{} of RAM; the machine stood still for {:.1} ms{why}\n", Size(memory), seconds * 1e3).as_bytes())
 }
 
 /// Has a machine write a snapshot of itself that nobody is to keep.

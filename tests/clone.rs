@@ -7,9 +7,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use bantam::config::{Config, Serial};
+use bantam::machine::{Machine, Streams};
+use bantam::snapshot::{How, Snapshot};
+use common::arch::{SWEEP, SWEPT};
 use common::counting::{counts, goes_on, text};
 use common::place::{Place, grows, size};
-use common::{File, kvm};
+use common::{File, code, file, kvm};
 
 impl Place {
     /// A snapshot of a machine that counts and has ended; gives what it had printed.
@@ -78,6 +82,50 @@ fn a_machine_that_runs_is_cloned_and_none_the_worse_for_it() {
     goes_on("0", &text(&out));
     place.clone(Path::new("one"), "").run().refused(125).said("no machine is called one");
     place.clone(Path::new("one"), "--count 0").run().refused(2).said("--count");
+}
+
+/// A guest that writes to all of its RAM while that is kept: what a snapshot holds is of one moment.
+#[test]
+fn what_a_guest_writes_after_the_moment_is_not_in_the_snapshot() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), file(code::SWEEPS));
+    let started = place.counter(&guest, SWEEP);
+    let (mut whole, mut cut) = (0, 0);
+    for number in 0..if common::host_is_emulated() { 6 } else { 30 } {
+        let folder = place.path(&format!("{number}.snapshot"));
+        let told = place.tell(&format!("snapshot one {}", folder.display())).out();
+        if told.contains("until all was written") {
+            common::skipped(&told);
+            break;
+        }
+        let snapshot = Snapshot::open(&folder, How::default()).unwrap();
+        let config = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
+        let machine = Machine::of(&snapshot, &config, &Streams::open(&config).unwrap()).unwrap();
+        let word = |part: u64| {
+            let mut bytes = [0; 4];
+            machine.memory().read(SWEPT + part * 0x1_0000, &mut bytes).unwrap();
+            u32::from_le_bytes(bytes)
+        };
+        // Those before where it was have the new number, all others the one before.
+        let (first, last) = (word(0), word(127));
+        let new = (0..128).take_while(|part| word(*part) == first).count() as u64;
+        assert!(
+            (new..128).all(|part| word(part) == last) && (new == 128 || last == first.wrapping_sub(1)),
+            "{first} {last}"
+        );
+        if new == 128 {
+            whole += 1
+        } else {
+            cut += 1
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+    eprintln!("{whole} between two rounds, {cut} in one");
+    grows(&place.path("out"), size(&place.path("out")));
+    place.tell("stop one");
+    started.wait().expect(143);
 }
 
 #[test]

@@ -38,6 +38,8 @@ struct Client {
     since: Instant,
     /// It will send no more, or shall not: it goes once it has its answer.
     ending: bool,
+    /// It is told later, and not listened to until then.
+    deferred: bool,
 }
 
 /// A control socket that listens.
@@ -95,7 +97,7 @@ impl Server {
         self.paused = false;
         readiness.watch(&self.listener, TOKENS, Edge::Level)?;
         for (slot, client) in self.clients.iter().enumerate() {
-            if let Some(client) = client {
+            if let Some(client) = client.as_ref().filter(|client| !client.deferred) {
                 readiness.watch(&client.stream, token(slot), Edge::Level)?;
             }
         }
@@ -112,7 +114,7 @@ impl Server {
 
     /// When [`Server::serve`] wants to be called even if nothing comes.
     pub fn deadline(&self) -> Option<Instant> {
-        let clients = self.clients.iter().flatten();
+        let clients = self.clients.iter().flatten().filter(|client| !client.deferred);
         let times = clients.filter_map(|client| match (client.answer.is_empty(), client.request.is_empty()) {
             (false, _) => Some((Instant::now() + RETRY).min(client.since + PATIENCE)),
             // One that came with another, which had to be carried out first.
@@ -157,13 +159,37 @@ impl Server {
         }
     }
 
+    /// Whoever waits for what became of a request is told later, by [`Server::deliver`]: others are served meanwhile.
+    pub fn defer(&mut self, readiness: &Readiness) {
+        if let Some(client) = self.waits.take().and_then(|slot| self.clients.get_mut(slot)?.as_mut()) {
+            readiness.forget(&client.stream);
+            client.deferred = true;
+        }
+    }
+
+    /// What became of the request that was deferred, if there was one. Without `readiness` it is the last answer.
+    ///
+    /// # Errors
+    /// The host refuses to watch.
+    pub fn deliver(&mut self, answer: &Answer, readiness: Option<&Readiness>) -> Result<()> {
+        let mut clients = self.clients.iter_mut().enumerate();
+        let found = clients.find_map(|(slot, client)| Some((slot, client.as_mut().filter(|client| client.deferred)?)));
+        let Some((slot, client)) = found else { return Ok(()) };
+        client.deferred = false;
+        let _ = client.give(answer, Instant::now());
+        if let Some(readiness) = readiness.filter(|_| !self.paused) {
+            readiness.watch(&client.stream, token(slot), Edge::Level)?;
+        }
+        Ok(())
+    }
+
     /// Serves one client for as long as there is something to do and work left.
     fn attend(&mut self, slot: usize, readable: bool, now: Instant, reply: Reply<'_>) {
         if self.waits.is_some() {
             return;
         }
         let Some(place) = self.clients.get_mut(slot) else { return };
-        let Some(client) = place else { return };
+        let Some(client) = place.as_mut().filter(|client| !client.deferred) else { return };
         // Even if it is not read from now: who sends and does not take its answers is heard of again and again.
         self.work += u32::from(readable);
         let mut step = client.write(now);
@@ -205,11 +231,21 @@ impl Server {
                 continue;
             }
             let free = self.clients.iter().position(Option::is_none);
-            let silent = || self.clients.iter().enumerate().min_by_key(|(_, c)| c.as_ref().map(|c| c.since));
+            let silent = || {
+                let clients = self.clients.iter().enumerate().filter_map(|(slot, c)| Some((slot, c.as_ref()?)));
+                clients.filter(|(_, client)| !client.deferred).min_by_key(|(_, client)| client.since)
+            };
             let slot = free.or_else(|| silent().map(|(slot, _)| slot)).unwrap_or(0);
             readiness.watch(&stream, token(slot), Edge::Level)?;
             if let Some(place) = self.clients.get_mut(slot) {
-                *place = Some(Client { stream, request: Vec::new(), answer: Vec::new(), since: now, ending: false });
+                *place = Some(Client {
+                    stream,
+                    request: Vec::new(),
+                    answer: Vec::new(),
+                    since: now,
+                    ending: false,
+                    deferred: false,
+                });
             }
         }
         Ok(())

@@ -42,3 +42,15 @@ pub fn guard() {
         say::say(&format!("bantam: warning: crashes will not be reported: {e}"));
     }
 }
+
+/// Says that this test did not run, to who counts such tests (`cargo xtask test`), and why.
+#[cfg(test)]
+pub fn skipped(why: &str) {
+    use std::io::Write as _;
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    if let Some(path) = std::env::var_os("BANTAM_SKIP_LOG")
+        && let Ok(mut log) = std::fs::OpenOptions::new().append(true).create(true).open(path)
+    {
+        let _ = log.write_all(format!("SKIPPED: {name}: {why}\n").as_bytes());
+    }
+}

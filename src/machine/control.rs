@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use super::telling::Telling;
+use super::writing::Writing;
 use crate::config::Config;
 use crate::control::{Answer, Info, Request, Server, State, check_name};
 use crate::error::refuse;
@@ -30,6 +31,8 @@ pub struct Control {
     /// When to make it.
     due: Option<Instant>,
     wish: Wish,
+    /// A snapshot that is written meanwhile.
+    writing: Option<Writing>,
     /// The machine's balloon, in all its lives.
     pub balloon: Option<Arc<balloon::Wish>>,
 }
@@ -43,8 +46,8 @@ pub struct Wish {
     pub stop: bool,
     /// To be in this state from now on; whoever wants it waits for [`Control::is`].
     pub state: Option<State>,
-    /// To write a snapshot to this folder; whoever wants it waits for [`Control::answer`].
-    pub snapshot: Option<Target>,
+    /// To write a snapshot, wanted since then; whoever wants it waits for [`Control::answer`].
+    pub snapshot: Option<(Target, Instant)>,
 }
 
 impl Control {
@@ -82,7 +85,7 @@ impl Control {
         };
         let balloon = config.balloon.then(balloon::Wish::new).transpose().context("eventfd")?;
         let due = server.is_none().then(|| started + LATE);
-        Ok(Self { info, started, server, due, wish: Wish::default(), balloon })
+        Ok(Self { info, started, server, due, wish: Wish::default(), writing: None, balloon })
     }
 
     /// What the machine runs.
@@ -116,24 +119,51 @@ impl Control {
         if self.due.is_some_and(|at| at <= Instant::now()) {
             self.make(readiness)?;
         }
-        let Self { info, started, server, wish, balloon, .. } = self;
+        let Self { info, started, server, wish, writing, balloon, .. } = self;
         let Some(server) = server else { return Ok(Wish::default()) };
         info.age = started.elapsed().as_secs_f64();
         info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
-        let balloon = balloon.as_deref();
-        server.serve(readiness, ready, &mut |request| answer(request, info, telling, balloon, wish))?;
+        if let Some(outcome) = writing.as_ref().and_then(Writing::outcome) {
+            *writing = None;
+            server.deliver(&outcome, Some(readiness))?;
+        }
+        let (balloon, busy) = (balloon.as_deref(), writing.is_some());
+        server.serve(readiness, ready, &mut |request| match request {
+            Request::Snapshot { .. } if busy => Some(Err("a snapshot of this machine is being written".into())),
+            request => answer(request, info, telling, balloon, wish),
+        })?;
         Ok(std::mem::take(wish))
+    }
+
+    /// A snapshot is written while the machine goes on, or stands still for something else: whoever asked for it is told
+    /// once it is complete.
+    pub fn writes(&mut self, writing: Writing, readiness: &Readiness) {
+        self.writing = Some(writing);
+        self.server.iter_mut().for_each(|server| server.defer(readiness));
+    }
+
+    /// Whether the machine runs, but for what it was stopped for a moment ago.
+    pub fn runs(&self) -> bool {
+        self.info.state == State::Running
     }
 
     /// The machine is in this state now: whoever wanted that has its answer.
     pub fn is(&mut self, state: State) {
         self.info.state = state;
+        if state == State::Running {
+            self.writing.iter_mut().for_each(Writing::goes_on);
+        }
         self.answer(&Ok("null".into()));
     }
 
     /// The machine has ended, whatever else was wanted of it.
     pub fn has_ended(&mut self) {
-        self.answer(&Err("the machine has ended".into()));
+        let ended = Err("the machine has ended".into());
+        self.answer(&ended);
+        if let Some(writing) = self.writing.take() {
+            writing.cancel();
+            let _ = self.server.as_mut().map(|server| server.deliver(&ended, None));
+        }
     }
 
     /// What became of the request that was carried out.
@@ -209,7 +239,7 @@ fn answer(
         (Request::Pause {}, _) => return be(State::Paused, info, wish),
         (Request::Resume {}, _) => return be(State::Running, info, wish),
         (Request::Snapshot { path, keep }, _) => {
-            wish.snapshot = Some(Target { path, keep });
+            wish.snapshot = Some((Target { path, keep }, Instant::now()));
             return None;
         }
     };

@@ -10,6 +10,7 @@ mod streams;
 mod telling;
 mod wait;
 mod watchdog;
+mod writing;
 
 use std::cell::Cell;
 use std::io::Write as _;

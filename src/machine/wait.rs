@@ -162,7 +162,7 @@ impl Machine<Running> {
         }
         let stops = match (wish.state, wish.snapshot) {
             (Some(State::Paused), _) => Served::Pause,
-            (_, Some(target)) => Served::Snapshot(target),
+            (_, Some((target, since))) => Served::Snapshot(target, since),
             _ => return wish.count.then_some(Served::Count),
         };
         // It goes on with whoever is to count.
@@ -228,7 +228,7 @@ impl Machine<Paused> {
                 streams.control.is(State::Paused);
                 return self.stand(readiness, life, streams);
             }
-            Served::Snapshot(target) => self.snapshot(&target, streams),
+            Served::Snapshot(target, since) => self.snapshot(target, since, readiness, streams),
             Served::End(end) => {
                 let goes_on = board::can_wake(&self.board, &self.state.vcpus, &self.memory)?;
                 return Ok((!goes_on).then_some(end));
@@ -262,8 +262,8 @@ impl Machine<Paused> {
             if asked.count {
                 life.telling.start();
             }
-            if let Some(target) = &asked.snapshot {
-                self.snapshot(target, streams);
+            if let Some((target, since)) = asked.snapshot {
+                self.snapshot(target, since, readiness, streams);
             }
             let wish = streams.serve(readiness, &ready)?;
             typed |= wish.input;
@@ -316,7 +316,7 @@ enum Served {
     /// Somebody wants the machine to stand still.
     Pause,
     /// A snapshot is to be written.
-    Snapshot(Target),
+    Snapshot(Target, Instant),
     /// The process was stopped for a while: the CPUs stop once more, and are told.
     Continued,
     /// `ctrl-a r`: the CPUs stop, a report shows them, and they go on.

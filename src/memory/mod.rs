@@ -4,6 +4,7 @@
 //! given the same mapping. Every read and write that Bantam itself does goes through [`Memory`], so that a later version can mark pages dirty and so that no
 //! guest-chosen address is ever followed unchecked. Invariant: an access outside RAM is an error, never a fault.
 
+mod frozen;
 mod mapping;
 pub mod pages;
 pub mod shown;
@@ -11,12 +12,13 @@ pub mod shown;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
+pub use self::frozen::Frozen;
 use self::mapping::Mapping;
 use crate::error::refuse;
 use crate::host::sys::disk::Buffers;
@@ -86,6 +88,8 @@ struct All {
     hugepages: bool,
     /// What is written stays here: the file never changes.
     private: bool,
+    /// Somebody keeps what is there: nothing is given back.
+    frozen: AtomicBool,
 }
 
 /// A part of a file, and where the guest sees it.
@@ -129,7 +133,7 @@ impl Memory {
         let span = |region: &GuestRegionMmap<()>| Span { start: region.start_addr().0, size: region.len() };
         let spans = regions.iter().map(span).collect();
         let ram = Ram::from_regions(regions).context("arranging guest RAM")?;
-        Ok(Self { all: Arc::new(All { ram, spans, mappings, hugepages, private }) })
+        Ok(Self { all: Arc::new(All { ram, spans, mappings, hugepages, private, frozen: AtomicBool::new(false) }) })
     }
 
     /// It begins as a file that is not to change while the machine lives.
@@ -286,6 +290,9 @@ impl Memory {
     pub fn give_back(&self, span: Span) -> u64 {
         use rustix::fs::{FallocateFlags, fallocate};
         let mut done = 0;
+        if self.all.frozen.load(Ordering::SeqCst) {
+            return done;
+        }
         for (region, mapping) in self.all.ram.iter().zip(&self.all.mappings) {
             let (first, size) = (region.start_addr().0, region.len());
             let Some(backing) = region.file_offset() else { continue };

@@ -6,19 +6,20 @@
 
 mod checked;
 mod ram;
+mod write;
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 
 use self::ram::{Image, Ram};
+pub use self::write::{Taken, Target, Written};
 use crate::arch::{self, SavedCpu};
 use crate::board::SavedVm;
 use crate::bus::Saved;
@@ -138,148 +139,12 @@ pub struct How {
     pub copy: bool,
 }
 
-/// Where a snapshot is to be.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// A folder that is not there yet.
-    pub path: PathBuf,
-    /// It is to be there after whatever happens to the host.
-    pub keep: bool,
-}
-
-impl Target {
-    fn sync(&self, file: &File, path: &Path) -> Result<()> {
-        if self.keep {
-            file.sync_all().with_context(|| format!("writing {}", path.display()))?;
-        }
-        Ok(())
-    }
-}
-
-/// What was written.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Written {
-    /// Bytes of RAM that are not zeroes, in whole blocks.
-    pub memory: u64,
-}
-
 fn sum(bytes: &[u8]) -> String {
     format!("{:016x}", XxHash64::oneshot(0, bytes))
 }
 
-fn make(path: &Path) -> Result<File> {
-    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
-    file.with_context(|| format!("cannot make {}", path.display()))
-}
-
-fn put(path: &Path, bytes: &[u8], target: &Target) -> Result<()> {
-    let mut file = make(path)?;
-    file.write_all(bytes).with_context(|| format!("writing {}", path.display()))?;
-    target.sync(&file, path)
-}
-
 fn is_partial(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "partial")
-}
-
-/// Where a snapshot is while it is not complete.
-fn partial(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".partial");
-    name.into()
-}
-
-/// Writes a machine that stands still to a folder that is not there yet.
-///
-/// # Errors
-/// The folder is there, or the host cannot write it; nothing is left behind then.
-pub fn write(target: &Target, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
-    let path = &target.path;
-    if path.symlink_metadata().is_ok() {
-        let why = format!("{} is there already, and a snapshot never changes", path.display());
-        return Err(refuse(why).hint("name a folder that is not there").into());
-    }
-    if is_partial(path) {
-        let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
-        return Err(refuse(why).hint("give it another name").into());
-    }
-    let folder = partial(path);
-    let _own = begin(&folder)?;
-    let written = fill((&folder, target), guest, config, state, memory).and_then(|written| {
-        // Not over one that has come in the meantime.
-        renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
-            .with_context(|| format!("giving {} its name", path.display()))?;
-        let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        target.sync(&File::open(above).with_context(|| above.display().to_string())?, above)?;
-        Ok(written)
-    });
-    if written.is_err() {
-        let _ = clear(&folder);
-    }
-    written
-}
-
-/// Makes the folder of a snapshot that is not complete, in the place of one whose writer was killed. It is this writer's as
-/// long as what it gives is open.
-fn begin(folder: &Path) -> Result<File> {
-    let what = || format!("cannot make {}", folder.display());
-    let make = || std::fs::DirBuilder::new().mode(0o700).create(folder);
-    let held = |file: &File| flock(file, FlockOperation::NonBlockingLockExclusive);
-    match make() {
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-            let old = File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder);
-            let old = old.with_context(what)?;
-            if held(&old).is_err() {
-                return Err(refuse(format!("{} is being written by another", folder.display())).into());
-            }
-            clear(folder)
-                .with_context(|| format!("{} is there, and not all in it is a snapshot's", folder.display()))?;
-            make().with_context(what)?;
-        }
-        made => made.with_context(what)?,
-    }
-    let own = File::open(folder).with_context(what)?;
-    held(&own).with_context(what)?;
-    Ok(own)
-}
-
-/// Removes a snapshot that is not complete, and nothing else.
-fn clear(folder: &Path) -> std::io::Result<()> {
-    for name in [MEMORY, STATE, MANIFEST, MANIFEST_SUM] {
-        match std::fs::remove_file(folder.join(name)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-    }
-    std::fs::remove_dir(folder)
-}
-
-fn fill(
-    (folder, target): (&Path, &Target),
-    guest: &str,
-    config: &Config,
-    state: &State,
-    memory: &Memory,
-) -> Result<Written> {
-    let ram = ram::pour(&folder.join(MEMORY), memory, target)?;
-    let state = serde_json::to_vec(state)?;
-    put(&folder.join(STATE), &state, target)?;
-    let manifest = Manifest {
-        format: FORMAT,
-        bantam: env!("CARGO_PKG_VERSION").into(),
-        architecture: arch::NAME.into(),
-        guest: guest.into(),
-        config: config.clone(),
-        disks: Disk::all(config)?,
-        state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
-        memory: ram,
-    };
-    let written = Written { memory: manifest.memory.kept() };
-    let manifest = serde_json::to_vec_pretty(&manifest)?;
-    put(&folder.join(MANIFEST), &manifest, target)?;
-    put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes(), target)?;
-    target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)?;
-    Ok(written)
 }
 
 /// Reads a whole file of a snapshot.

@@ -10,15 +10,17 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Target, Verify, broken, checked, make, sum};
+use super::write::{Target, make};
+use super::{Verify, broken, checked, sum};
 use crate::error::Refusal;
 use crate::host::sys;
-use crate::memory::{Memory, Span, pages};
+use crate::memory::{Frozen, Memory, Span, pages};
 
 /// Bytes of RAM with a sum of their own.
 pub const BLOCK: u64 = 64 << 10;
@@ -57,33 +59,92 @@ fn spans(memory: &Memory) -> impl Iterator<Item = Span> {
     memory.slots().into_iter().map(|slot| slot.span)
 }
 
-/// Writes RAM, but for what is all zeroes.
-pub fn pour(path: &Path, memory: &Memory, target: &Target) -> Result<Ram> {
-    let file = make(path)?;
-    let ((places, all), mut blocks) = (places(spans(memory)), Vec::new());
-    let mut bytes = vec![0; BLOCK as usize];
-    for (start, span) in places {
-        // Parts may lie in one block, or in one another.
-        let mut next = 0;
-        for part in memory.touched(span) {
-            let (first, end) = (part.start - span.start, part.last() - span.start);
-            for block in next.max(first / BLOCK)..=end / BLOCK {
-                let size = BLOCK.min(span.size - block * BLOCK);
-                // The last block of a mapping may be longer than the mapping.
-                bytes.fill(0);
-                memory.read(span.start + block * BLOCK, bytes.get_mut(..size as usize).unwrap_or_default())?;
-                if !is_zero(&bytes) {
-                    let at = start + block * BLOCK;
-                    file.write_all_at(&bytes, at).with_context(|| format!("writing {}", path.display()))?;
-                    blocks.push((at / BLOCK, sum(&bytes)));
-                }
+/// RAM at a moment, to be written.
+pub struct Moment {
+    memory: Memory,
+    /// What may hold anything but zeroes, block by block: where it is in RAM, in ascending order, and in the file.
+    blocks: Vec<(Span, u64)>,
+    bytes: u64,
+    /// None: nobody may write to it until it is written.
+    frozen: Option<Frozen>,
+}
+
+impl Moment {
+    /// Takes the RAM of a machine that stands still, and has to until it is written or frozen.
+    pub fn new(memory: &Memory) -> Self {
+        let (places, bytes) = places(spans(memory));
+        let mut blocks = Vec::new();
+        for (start, span) in places {
+            // Parts may lie in one block, or in one another.
+            let mut next = 0;
+            for part in memory.touched(span) {
+                let (first, end) = (part.start - span.start, part.last() - span.start);
+                let part = next.max(first / BLOCK)..=end / BLOCK;
+                blocks.extend(part.map(|block| {
+                    let at = block * BLOCK;
+                    (Span { start: span.start + at, size: BLOCK.min(span.size - at) }, start + at)
+                }));
+                next = next.max(end / BLOCK + 1);
             }
-            next = next.max(end / BLOCK + 1);
+        }
+        Self { memory: memory.clone(), blocks, bytes, frozen: None }
+    }
+
+    /// The machine may go on from now on.
+    ///
+    /// # Errors
+    /// The host has no way to that; nothing has changed.
+    pub fn freeze(&mut self) -> std::io::Result<()> {
+        self.frozen = Some(self.memory.freeze(self.blocks.iter().map(|(span, _)| *span))?);
+        Ok(())
+    }
+
+    /// Writes it, but for what is all zeroes.
+    ///
+    /// # Errors
+    /// The host cannot, or it is `cancelled`.
+    pub fn pour(self, path: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Ram> {
+        let (file, mut sums) = (make(path)?, BTreeMap::new());
+        let mut done = vec![false; self.blocks.len()];
+        let mut bytes = vec![0; BLOCK as usize];
+        let mut keep = |number: usize| -> Result<()> {
+            let (Some((span, at)), Some(done)) = (self.blocks.get(number), done.get_mut(number)) else { return Ok(()) };
+            if std::mem::replace(done, true) {
+                return Ok(());
+            }
+            // The last block of a mapping may be longer than the mapping.
+            bytes.fill(0);
+            self.memory.read(span.start, bytes.get_mut(..span.size as usize).unwrap_or_default())?;
+            if !is_zero(&bytes) {
+                file.write_all_at(&bytes, *at).with_context(|| format!("writing {}", path.display()))?;
+                sums.insert(at / BLOCK, sum(&bytes));
+            }
+            Ok(())
+        };
+        for number in 0..self.blocks.len() {
+            if cancelled.load(Ordering::Relaxed) {
+                bail!("the machine has ended");
+            }
+            // Who waits comes first.
+            while let Some(first) = self.frozen.as_ref().and_then(Frozen::waiting) {
+                let number = self.blocks.partition_point(|(span, _)| span.last() < first);
+                keep(number)?;
+                self.let_go(number)?;
+            }
+            keep(number)?;
+        }
+        drop(self.frozen);
+        file.set_len(self.bytes).with_context(|| format!("writing {}", path.display()))?;
+        target.sync(&file, path)?;
+        Ok(Ram { bytes: self.bytes, blocks: sums.into_iter().collect() })
+    }
+
+    fn let_go(&self, number: usize) -> Result<()> {
+        match (&self.frozen, self.blocks.get(number)) {
+            (Some(frozen), Some((span, _))) => frozen.let_go(*span).context("letting a guest go on"),
+            _ => Ok(()),
         }
     }
-    file.set_len(all).with_context(|| format!("writing {}", path.display()))?;
-    target.sync(&file, path)?;
-    Ok(Ram { bytes: all, blocks })
 }
 
 fn is_zero(bytes: &[u8]) -> bool {

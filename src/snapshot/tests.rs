@@ -1,6 +1,7 @@
 use std::os::unix::fs::FileExt;
 
 use super::ram::BLOCK;
+use super::write::begin;
 use super::*;
 use crate::config::Switch;
 
@@ -55,6 +56,11 @@ fn state() -> State {
 
 fn at(path: &Path) -> Target {
     Target { path: path.into(), keep: true }
+}
+
+fn write(target: &Target, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
+    let never = std::sync::atomic::AtomicBool::new(false);
+    Taken::new(guest, config.clone(), state.clone(), memory)?.write(target, &never)
 }
 
 /// A folder with a snapshot in it.

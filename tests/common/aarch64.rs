@@ -45,6 +45,21 @@ pub mod code {
         0x3900_0020,
         0x17ff_fffa,
     ]);
+    /// Prints a byte, and writes its number to the first word of [`super::SWEPT`], again and again, each time the next:
+    /// `mov x1,0x9000000; L: add w0,w0,1; strb w0,[x1]; mov x2,0x40100000; mov x3,128; M: str w0,[x2]; add x2,x2,0x10000;
+    /// subs x3,x3,1; b.ne M; b L`
+    pub const SWEEPS: &[u8] = &bytes::<10, 40>([
+        0xd2a1_2001,
+        0x1100_0400,
+        0x3900_0020,
+        0xd2a8_0202,
+        0xd280_1003,
+        0xb900_0040,
+        0x9140_4042,
+        0xf100_0463,
+        0x54ff_ffa1,
+        0x17ff_fff8,
+    ]);
     /// Looks for serial input once: `mov x1,0x9000000; ldr w0,[x1,0x18]; b .`
     pub const LISTEN_ONCE: &[u8] = &bytes::<3, 12>([0xd2a1_2001, 0xb940_1820, 0x1400_0000]);
     /// All of RAM, with [`super::FILL`]: `L: str w0,[x1]; add x1,x1,0x1000; b L`
@@ -88,6 +103,10 @@ pub mod code {
         0x17ff_ffff,
     ]);
 }
+
+/// What [`code::SWEEPS`] runs with, and the first of the 128 parts of 64 KiB that it writes to.
+pub const SWEEP: &str = "";
+pub const SWEPT: u64 = 0x4010_0000;
 
 /// Machines of different parts, to be kept; the last has all features that this host has for guests.
 pub fn kept() -> Vec<String> {

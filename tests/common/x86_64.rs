@@ -16,6 +16,13 @@ pub mod code {
     /// mov al, [0x2000]; and al, 7; add al, '0'; out dx, al; jmp L`
     pub const COUNTS: &[u8] =
         &[0xba, 0xf8, 0x03, 0xff, 0x06, 0x00, 0x20, 0xa0, 0x00, 0x20, 0x24, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xf2];
+    /// Prints a byte, and writes its number to the first word of [`super::SWEPT`], again and again, each time the next: in
+    /// protected mode `L: inc eax; mov edx,0x3f8; out dx,al; mov edi,0x100000; mov ecx,128; M: mov [edi],eax;
+    /// add edi,0x10000; dec ecx; jnz M; jmp L`
+    pub const SWEEPS: &[u8] = &[
+        0x40, 0xba, 0xf8, 0x03, 0x00, 0x00, 0xee, 0xbf, 0x00, 0x00, 0x10, 0x00, 0xb9, 0x80, 0x00, 0x00, 0x00, 0x89,
+        0x07, 0x81, 0xc7, 0x00, 0x00, 0x01, 0x00, 0x49, 0x75, 0xf5, 0xeb, 0xe2,
+    ];
     /// Looks for serial input once: `mov dx,0x3fd; in al,dx; jmp $`
     pub const LISTEN_ONCE: &[u8] = &[0xba, 0xfd, 0x03, 0xec, 0xeb, 0xfe];
     /// All of RAM, with [`super::FILL`]: `L: mov [esi],eax; add esi,0x1000; jmp L`
@@ -27,6 +34,10 @@ pub mod code {
         0xb0, 0x06, 0xe6, 0xf4,
     ];
 }
+
+/// What [`code::SWEEPS`] runs with, and the first of the 128 parts of 64 KiB that it writes to.
+pub const SWEEP: &str = "--cpu-mode protected";
+pub const SWEPT: u64 = 0x10_0000;
 
 /// Machines of different parts, to be kept.
 pub fn kept() -> Vec<String> {

@@ -23,6 +23,7 @@ pub mod process;
 pub mod room;
 pub mod state;
 pub mod uring;
+pub mod userfault;
 
 thread_local! {
     /// `kvm_run.immediate_exit` of the vCPU that this thread runs.

@@ -10,7 +10,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::tests::{Rig, host_is_emulated, skipped};
+use crate::host::skipped;
+use crate::virtio::tests::{Rig, host_is_emulated};
 
 const RX: usize = 0;
 const TX: usize = 1;

@@ -23,7 +23,7 @@ fn direct(size: u64) -> Vec<(Rig, tempfile::NamedTempFile)> {
         place.as_file().set_len(size).unwrap();
         let mut open = File::options();
         let Ok(file) = open.read(true).write(true).custom_flags(libc::O_DIRECT).open(place.path()) else {
-            crate::virtio::tests::skipped("no file system with O_DIRECT");
+            crate::host::skipped("no file system with O_DIRECT");
             return disks;
         };
         let inner: Box<dyn Engine> = match Ring::new(file.try_clone().unwrap(), SLOTS as u32) {

@@ -1,0 +1,178 @@
+//! Writing a snapshot: at first to a folder that is called `.partial`.
+//!
+//! Invariant: whatever happens, there is a whole snapshot under its name or none, and nothing that was there is lost.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result};
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+
+use super::ram::Moment;
+use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, Manifest, STATE, State, Sum, is_partial, sum};
+use crate::arch;
+use crate::config::Config;
+use crate::error::refuse;
+use crate::memory::Memory;
+
+/// Where a snapshot is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// A folder that is not there yet.
+    pub path: PathBuf,
+    /// It is to be there after whatever happens to the host.
+    pub keep: bool,
+}
+
+impl Target {
+    pub(super) fn sync(&self, file: &File, path: &Path) -> Result<()> {
+        if self.keep {
+            file.sync_all().with_context(|| format!("writing {}", path.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone, Copy)]
+pub struct Written {
+    /// Bytes of RAM that are not zeroes, in whole blocks.
+    pub memory: u64,
+}
+
+pub(super) fn make(path: &Path) -> Result<File> {
+    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(path);
+    file.with_context(|| format!("cannot make {}", path.display()))
+}
+
+fn put(path: &Path, bytes: &[u8], target: &Target) -> Result<()> {
+    let mut file = make(path)?;
+    file.write_all(bytes).with_context(|| format!("writing {}", path.display()))?;
+    target.sync(&file, path)
+}
+
+/// Where a snapshot is while it is not complete.
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}
+
+/// A machine as it is at a moment, to be written.
+pub struct Taken {
+    guest: String,
+    config: Config,
+    disks: Vec<Disk>,
+    state: State,
+    ram: Moment,
+}
+
+impl Taken {
+    /// Takes a machine that stands still, and has to until this is written, or frozen.
+    ///
+    /// # Errors
+    /// A disk of it is gone.
+    pub fn new(guest: &str, config: Config, state: State, memory: &Memory) -> Result<Self> {
+        let disks = Disk::all(&config)?;
+        Ok(Self { guest: guest.into(), config, disks, state, ram: Moment::new(memory) })
+    }
+
+    /// The machine may go on from now on: what it is about to change is written first.
+    ///
+    /// # Errors
+    /// The host has no way to that; nothing has changed.
+    pub fn freeze(&mut self) -> io::Result<()> {
+        self.ram.freeze()
+    }
+
+    /// Writes it to a folder that is not there yet.
+    ///
+    /// # Errors
+    /// The folder is there, or the host cannot write it, or it is `cancelled`; nothing is left behind then.
+    pub fn write(self, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
+        let path = &target.path;
+        if path.symlink_metadata().is_ok() {
+            let why = format!("{} is there already, and a snapshot never changes", path.display());
+            return Err(refuse(why).hint("name a folder that is not there").into());
+        }
+        if is_partial(path) {
+            let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
+            return Err(refuse(why).hint("give it another name").into());
+        }
+        let folder = partial(path);
+        let _own = begin(&folder)?;
+        let written = self.fill(&folder, target, cancelled).and_then(|written| {
+            // Not over one that has come in the meantime.
+            renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
+                .with_context(|| format!("giving {} its name", path.display()))?;
+            let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            target.sync(&File::open(above).with_context(|| above.display().to_string())?, above)?;
+            Ok(written)
+        });
+        if written.is_err() {
+            let _ = clear(&folder);
+        }
+        written
+    }
+
+    fn fill(self, folder: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
+        let Self { guest, config, disks, state, ram } = self;
+        let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
+        let state = serde_json::to_vec(&state)?;
+        put(&folder.join(STATE), &state, target)?;
+        let manifest = Manifest {
+            format: FORMAT,
+            bantam: env!("CARGO_PKG_VERSION").into(),
+            architecture: arch::NAME.into(),
+            guest,
+            config,
+            disks,
+            state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
+            memory,
+        };
+        let written = Written { memory: manifest.memory.kept() };
+        let manifest = serde_json::to_vec_pretty(&manifest)?;
+        put(&folder.join(MANIFEST), &manifest, target)?;
+        put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes(), target)?;
+        target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)?;
+        Ok(written)
+    }
+}
+
+/// Makes the folder of a snapshot that is not complete, in the place of one whose writer was killed. It is this writer's as
+/// long as what it gives is open.
+pub(super) fn begin(folder: &Path) -> Result<File> {
+    let what = || format!("cannot make {}", folder.display());
+    let make = || std::fs::DirBuilder::new().mode(0o700).create(folder);
+    let held = |file: &File| flock(file, FlockOperation::NonBlockingLockExclusive);
+    match make() {
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            let old = File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(folder);
+            let old = old.with_context(what)?;
+            if held(&old).is_err() {
+                return Err(refuse(format!("{} is being written by another", folder.display())).into());
+            }
+            clear(folder)
+                .with_context(|| format!("{} is there, and not all in it is a snapshot's", folder.display()))?;
+            make().with_context(what)?;
+        }
+        made => made.with_context(what)?,
+    }
+    let own = File::open(folder).with_context(what)?;
+    held(&own).with_context(what)?;
+    Ok(own)
+}
+
+/// Removes a snapshot that is not complete, and nothing else.
+fn clear(folder: &Path) -> std::io::Result<()> {
+    for name in [MEMORY, STATE, MANIFEST, MANIFEST_SUM] {
+        match std::fs::remove_file(folder.join(name)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+    }
+    std::fs::remove_dir(folder)
+}
