@@ -44,18 +44,27 @@ pub struct Layout {
     pub ram: Vec<Span>,
     /// GDT and page tables, where the guest starts in a mode that wants them.
     pub tables: Option<Span>,
+    /// Memory that is no RAM, and tells the guest which of several machines it is, where an architecture wants it so.
+    pub generation: Option<Span>,
     /// Everything, RAM included, ports after memory, in ascending order.
     pub regions: Vec<Region>,
 }
 
 impl Layout {
-    /// Puts RAM and the tables to the other regions, and the debug console where the configuration has one.
+    /// Puts RAM, the tables and the generation id to the other regions, and the debug console where the configuration has one.
     ///
     /// # Errors
     /// The debug console lies on something else.
-    pub fn new(config: &Config, ram: Vec<Span>, tables: Option<Span>, mut regions: Vec<Region>) -> Result<Self> {
+    pub fn new(
+        config: &Config,
+        ram: Vec<Span>,
+        tables: Option<Span>,
+        generation: Option<Span>,
+        mut regions: Vec<Region>,
+    ) -> Result<Self> {
         regions.extend(ram.iter().map(|s| mmio(s.start, s.size, "RAM")));
         regions.extend(tables.map(|s| mmio(s.start, s.size, "boot tables (GDT, page tables)")));
+        regions.extend(generation.map(|s| mmio(s.start, s.size, "generation id")));
         if let Some(console) = config.debugcon {
             let span = Span { start: console.addr, size: 1 };
             if let Some(other) = regions.iter().find(|r| r.space == console.space && r.span.overlaps(&span)) {
@@ -64,13 +73,13 @@ impl Layout {
             regions.push(Region { space: console.space, span, name: "debug console" });
         }
         regions.sort_by_key(|r| (r.space == Space::Pio, r.span));
-        Ok(Self { ram, tables, regions })
+        Ok(Self { ram, tables, generation, regions })
     }
 
-    /// Everything that is mapped as memory: RAM and the boot tables, ascending.
+    /// Everything that is mapped as memory: RAM, the boot tables and the generation id, ascending.
     pub fn memory(&self) -> Vec<Span> {
         let mut spans = self.ram.clone();
-        spans.extend(self.tables);
+        spans.extend(self.tables.into_iter().chain(self.generation));
         spans.sort();
         spans
     }

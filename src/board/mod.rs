@@ -45,7 +45,7 @@ pub struct Chosen<'a> {
     pub seed: Option<&'a [u8; 72]>,
 }
 
-/// What a machine's firmware would have left in RAM, as addresses and bytes.
+/// What a machine's firmware would have left in memory, as addresses and bytes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Firmware {
     /// Where the ACPI tables begin, with the RSDP.

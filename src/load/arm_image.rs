@@ -175,6 +175,7 @@ pub fn load(config: &Config, guest: &Guest, header: &Header, memory: &Memory, la
     let tree = tree.context("a machine without a device tree")?;
     let span = place_tree(config, &mut places, kernel, tree.len() as u64)?;
     memory.write(span.start, &tree)?;
+    super::write_parts(config, memory)?;
     let mut boot = arch::enter_linux(CpuMode::El1, Entry::Linear(kernel.start), memory, layout)?;
     boot.hand_over(Some(span));
     Ok(boot)

@@ -362,5 +362,11 @@ fn device_tree(config: &Config, memory: &Memory, layout: &Layout, places: &mut P
             Some(span)
         }
     };
+    write_parts(config, memory)?;
     span.map(|span| memory.write(span.start, &tree).map(|()| span)).transpose()
+}
+
+/// Writes what lies beside RAM when a guest begins that has a device tree to find it by.
+fn write_parts(config: &Config, memory: &Memory) -> Result<()> {
+    board::firmware(config)?.parts.iter().try_for_each(|(_, at, bytes)| memory.write(*at, bytes))
 }

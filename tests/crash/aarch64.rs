@@ -12,7 +12,7 @@ pub const CORE: Core = Core {
     note: 392,
     registers: &[(32, 0x4000_0a00), (1, 0x2_0000_0000), (9, 0x4001_0000)],
     code: (0x4000_0070, &[0x20, 0x00, 0x40, 0xf9]),
-    boot_tables: None,
+    besides: Some(0x090c_0000),
 };
 /// The page walk that each report ends with, and the mode that `echo` runs in.
 pub const LAST_WALK: &str = "page walk of pc";

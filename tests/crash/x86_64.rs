@@ -10,7 +10,7 @@ pub const CORE: Core = Core {
     note: 336,
     registers: &[(16, 0x100f), (10, 42), (14, 0x400_0000_0000)],
     code: (0x100f, &[0x89, 0x07]),
-    boot_tables: Some(0xf800_0000),
+    besides: Some(0xf800_0000),
 };
 /// The page walk that each report ends with, and the mode that `echo` runs in.
 pub const LAST_WALK: &str = "page walk of rip";

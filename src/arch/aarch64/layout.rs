@@ -45,6 +45,13 @@ pub const GPIO_SPI: u32 = 7;
 pub const DEBUG_EXIT: u64 = 0x0908_0000;
 /// pvpanic, one byte.
 pub const PVPANIC: u64 = 0x0909_0000;
+/// The generation id: 16 bytes of memory, for which KVM has a slot of its own, as large as a page of any host. RAM would not
+/// do: a guest's driver maps it as it maps a device's registers, which Linux does with nothing that is RAM.
+pub const GENERATION: u64 = 0x090c_0000;
+/// Of its slot.
+pub const GENERATION_SIZE: u64 = 0x1_0000;
+/// The shared peripheral interrupt that says that it is another.
+pub const GENERATION_SPI: u32 = 8;
 /// Virtio devices that are not on PCI: a page each.
 pub const VIRTIO: u64 = 0x0a00_0000;
 /// The first one's shared peripheral interrupt; the others' follow.
@@ -114,7 +121,10 @@ pub fn layout(config: &Config) -> Result<Layout> {
     if has_its(config) {
         regions.push(mmio(GIC_ITS, GIC_ITS_SIZE, "GICv3 ITS"));
     }
-    Layout::new(config, vec![ram], None, regions)
+    // Without interrupts nobody would hear that it has changed.
+    let there = config.irqchip != Some(IrqChip::None);
+    let generation = there.then_some(Span { start: GENERATION, size: GENERATION_SIZE });
+    Layout::new(config, vec![ram], None, generation, regions)
 }
 
 fn refuse_words(config: &Config) -> Result<(), Refusal> {

@@ -129,7 +129,7 @@ pub fn layout(config: &Config) -> Result<Layout> {
         ]);
     }
     regions.extend(map::virtio_pages(config, VIRTIO));
-    Layout::new(config, ram, tables, regions)
+    Layout::new(config, ram, tables, None, regions)
 }
 
 /// A CPU's number is its APIC id, in which thread, core and package have whole bits (SDM vol. 3, 10.9.2); so only the

@@ -10,9 +10,9 @@ use vm_fdt::FdtWriter;
 use super::cpus::PMU_PPI;
 use super::gic::FIRST_SPI;
 use crate::arch::layout::{
-    CLOCK, DEBUG_EXIT, GIC_CPU, GIC_CPU_SIZE, GIC_DISTRIBUTOR, GIC_DISTRIBUTOR_SIZE, GIC_ITS, GIC_ITS_SIZE,
-    GIC_REDISTRIBUTOR, GIC_REDISTRIBUTOR_SIZE, GPIO, GPIO_SPI, PAGE, PCI_ECAM, PCI_SPI, PCI_WINDOW, PCI_WINDOW_SIZE,
-    PVPANIC, SERIAL, SERIAL_SPI, VIRTIO_SPI, has_its,
+    CLOCK, DEBUG_EXIT, GENERATION, GENERATION_SPI, GIC_CPU, GIC_CPU_SIZE, GIC_DISTRIBUTOR, GIC_DISTRIBUTOR_SIZE,
+    GIC_ITS, GIC_ITS_SIZE, GIC_REDISTRIBUTOR, GIC_REDISTRIBUTOR_SIZE, GPIO, GPIO_SPI, PAGE, PCI_ECAM, PCI_SPI,
+    PCI_WINDOW, PCI_WINDOW_SIZE, PVPANIC, SERIAL, SERIAL_SPI, VIRTIO_SPI, has_its,
 };
 use crate::arch::{Layout, PCI_ECAM_SIZE, mpidr};
 use crate::board::Chosen;
@@ -31,6 +31,8 @@ const ITS: u32 = 4;
 const SPI: u32 = 0;
 const PPI: u32 = 1;
 const HIGH: u32 = 4;
+/// A rising edge.
+const EDGE: u32 = 1;
 const LOW: u32 = 8;
 
 /// The clock of the PL011, 24 MHz: a rate that every driver can divide.
@@ -73,6 +75,7 @@ pub fn device_tree(config: &Config, layout: &Layout, told: &Chosen) -> Result<Op
     devices(&mut tree, gic)?;
     if gic {
         power_button(&mut tree)?;
+        generation(&mut tree)?;
     }
     virtio_pages(&mut tree, config, gic)?;
     if config.has_pci() {
@@ -282,6 +285,16 @@ fn pci(tree: &mut FdtWriter, config: &Config, gic: bool) -> Result<()> {
         // Each requester is a device of the ITS, by the same number.
         tree.property_array_u32("msi-map", &[0, ITS, 0, 0x1_0000])?;
     }
+    tree.end_node(node)?;
+    Ok(())
+}
+
+/// Says which of several machines this is, that were one (bindings/rng/microsoft,vmgenid.yaml).
+fn generation(tree: &mut FdtWriter) -> Result<()> {
+    let node = tree.begin_node(&format!("rng@{GENERATION:x}"))?;
+    tree.property_string("compatible", "microsoft,vmgenid")?;
+    tree.property_array_u64("reg", &[GENERATION, 16])?;
+    tree.property_array_u32("interrupts", &[SPI, GENERATION_SPI, EDGE])?;
     tree.end_node(node)?;
     Ok(())
 }

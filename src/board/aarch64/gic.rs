@@ -16,10 +16,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::DeviceFd;
 
-use crate::arch::layout::{GIC_CPU, GIC_DISTRIBUTOR, GIC_ITS, GIC_REDISTRIBUTOR, has_its};
+use crate::arch::layout::{GENERATION_SPI, GIC_CPU, GIC_DISTRIBUTOR, GIC_ITS, GIC_REDISTRIBUTOR, has_its};
 use crate::config::{Config, Gic, IrqChip, Msi};
 use crate::error::refuse;
 use crate::explain::call;
+use crate::irq::IrqLine;
 use crate::vm::{Vm, device_double, device_word};
 
 /// The first shared peripheral interrupt (GICv3 architecture, IHI 0069, 2.2.1).
@@ -43,6 +44,8 @@ pub struct Irqchip {
     pub(super) version: Option<Gic>,
     pub(super) gic: Option<DeviceFd>,
     pub(super) its: Option<DeviceFd>,
+    /// Says that the generation id is another.
+    pub(super) renewed: Option<Box<dyn IrqLine>>,
 }
 
 /// KVM_IRQ_LINE's number for a shared peripheral interrupt (api.rst 4.25).
@@ -125,7 +128,7 @@ pub fn make(vm: &Vm, config: &Config) -> Result<Irqchip> {
     };
     let gic = make_gic(vm, version)?;
     let its = has_its(config).then(|| make_its(vm)).transpose()?;
-    Ok(Irqchip { version: Some(version), gic: Some(gic), its })
+    Ok(Irqchip { version: Some(version), gic: Some(gic), its, renewed: Some(vm.level(line(GENERATION_SPI))) })
 }
 
 fn create(vm: &Vm, kind: u32, name: &str, why: &'static str) -> Result<DeviceFd> {

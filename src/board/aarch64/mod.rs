@@ -14,7 +14,7 @@ pub use self::saved::{SavedVm, load_vm, save_vm};
 use super::virtio::{self, INTX, Sockets};
 use super::{Board, Firmware, PowerButton, Wires};
 use crate::arch::layout::{
-    CLOCK, DEBUG_EXIT, GPIO, GPIO_SPI, PAGE, PCI_SPI, PVPANIC, SERIAL, SERIAL_SPI, VIRTIO_SPI, has_its,
+    CLOCK, DEBUG_EXIT, GENERATION, GPIO, GPIO_SPI, PAGE, PCI_SPI, PVPANIC, SERIAL, SERIAL_SPI, VIRTIO_SPI, has_its,
 };
 use crate::arch::{self, Layout, Waiting};
 use crate::bus::{Builder, Space};
@@ -28,6 +28,7 @@ use crate::device::pl061::Pl061;
 use crate::device::power::Button;
 use crate::device::pvpanic::PvPanic;
 use crate::explain::call;
+use crate::host::random;
 use crate::irq::{IrqLine, Shared, Unconnected};
 use crate::memory::{Memory, Span};
 use crate::vcpu::Vcpu;
@@ -40,20 +41,30 @@ pub fn linux_arguments(_config: &Config) -> Vec<&'static str> {
     Vec::new()
 }
 
-/// There are no snapshots of arm64 machines yet.
+/// Has a machine that goes on from a snapshot be another one than that which was written, where its guest has a driver that
+/// hears of that: such a guest makes new random numbers as soon as it has taken the interrupt that tells it. Before any CPU
+/// runs: a guest reads the id past its caches, and KVM writes back what is in the host's when the guest first reaches it.
 ///
 /// # Errors
-/// None here.
-pub fn renew(_board: &Board, _memory: &Memory) -> Result<()> {
+/// The host has no random numbers.
+pub fn renew(board: &Board, memory: &Memory) -> Result<()> {
+    if let Some(line) = &board.irqchip.renewed {
+        memory.write(GENERATION, &random::<16>()?)?;
+        line.pulse();
+    }
     Ok(())
 }
 
-/// An arm64 machine of Bantam's has a device tree, and nothing of a firmware's.
+/// What a firmware would have left beside RAM: the machine's first generation id.
 ///
 /// # Errors
-/// None here.
-pub fn firmware(_config: &Config) -> Result<Firmware> {
-    Ok(Firmware::default())
+/// The host has no random numbers.
+pub fn firmware(config: &Config) -> Result<Firmware> {
+    let mut parts = Vec::new();
+    if config.irqchip != Some(IrqChip::None) {
+        parts.push(("the generation id", GENERATION, random::<16>()?.to_vec()));
+    }
+    Ok(Firmware { rsdp: None, parts })
 }
 
 /// Settles what only the host can say: which interrupt controller the machine has. What it is asked for must be there.
