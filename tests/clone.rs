@@ -116,9 +116,9 @@ fn what_a_guest_writes_after_the_moment_is_not_in_the_snapshot() {
             "{first} {last}"
         );
         if new == 128 {
-            whole += 1
+            whole += 1;
         } else {
-            cut += 1
+            cut += 1;
         }
         std::fs::remove_dir_all(folder).unwrap();
     }
