@@ -29,3 +29,7 @@ pub fn cpu(vm: &Vm) -> anyhow::Result<Vcpu> {
     vcpu.enter(&BootRegs { pc: RAM, ..BootRegs::default() })?;
     Ok(vcpu)
 }
+/// Counts in RAM, and prints the last three bits of it as a digit, again and again: mov x1,0x9000000; mov x2,0x40002000;
+/// L: ldr w3,[x2]; add w3,w3,1; str w3,[x2]; and w0,w3,7; add w0,w0,'0'; strb w0,[x1]; b L
+pub const COUNTS: &[u8] = b"\x01\x20\xa1\xd2\x02\x00\xa8\xd2\x02\x00\x84\xf2\x43\x00\x40\xb9\x63\x04\x00\x11\
+    \x43\x00\x00\xb9\x60\x08\x00\x12\x00\xc0\x00\x11\x20\x00\x00\x39\xfa\xff\xff\x17";

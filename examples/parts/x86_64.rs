@@ -26,3 +26,6 @@ pub fn cpu(vm: &Vm) -> anyhow::Result<Vcpu> {
     vcpu.enter(&boot)?;
     Ok(vcpu)
 }
+/// Counts in RAM, and prints the last three bits of it as a digit, again and again: mov dx,0x3f8; L: inc word [0x2000];
+/// mov al,[0x2000]; and al,7; add al,'0'; out dx,al; jmp L
+pub const COUNTS: &[u8] = b"\xba\xf8\x03\xff\x06\x00\x20\xa0\x00\x20\x24\x07\x04\x30\xee\xeb\xf2";

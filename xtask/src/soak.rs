@@ -81,6 +81,13 @@ const JOBS: [Job; 11] = [
         command: &["cargo", "test", "--release", "--test", "snapshot", "p26_"],
     },
     Job {
+        name: "clone-cycles",
+        count: 10_000,
+        chunk: 500,
+        sample: false,
+        command: &["cargo", "test", "--release", "--test", "cycles"],
+    },
+    Job {
         name: "console",
         count: 3,
         chunk: 1,
