@@ -14,7 +14,7 @@ use anyhow::Context;
 use bantam::config::{Config, Serial, Size};
 use bantam::load::{self, Image};
 use bantam::machine::{self, End, Life, Machine, Paused, Streams};
-use bantam::snapshot::{How, Snapshot, Taken, Target};
+use bantam::snapshot::{How, Moment, Snapshot, Taken, Target};
 use bantam::trace::Symbols;
 
 /// Lets a machine run until it ends; gives it back.
@@ -36,8 +36,8 @@ fn main() -> anyhow::Result<()> {
     machine.boot(&guest)?;
     let (machine, _) = run(machine, &config, &mut streams)?;
     let target = Target { path: folder.path().join("snapshot"), keep: false };
-    let taken = Taken::new("counts", config.of_a_snapshot(), machine.save()?, machine.memory())?;
-    taken.write(&target, &AtomicBool::new(false))?;
+    let taken = Taken::new("counts", config.of_a_snapshot(), machine.save()?)?;
+    taken.write(Moment::still(machine.memory()), &target, &AtomicBool::new(false))?;
 
     // Three others go on behind its last digit.
     let snapshot = Snapshot::open(&target.path, How::default())?;

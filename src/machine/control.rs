@@ -14,8 +14,10 @@ use crate::config::Config;
 use crate::control::{Answer, Info, Request, Server, State, check_name};
 use crate::error::refuse;
 use crate::event::Readiness;
+use crate::host::output::Bell;
 use crate::host::say::say;
-use crate::snapshot::Target;
+use crate::memory::Memory;
+use crate::snapshot::{Taken, Target};
 use crate::virtio::balloon;
 
 const LATE: Duration = Duration::from_millis(50);
@@ -33,6 +35,8 @@ pub struct Control {
     wish: Wish,
     /// A snapshot that is written meanwhile.
     writing: Option<Writing>,
+    /// Rung for the event loop.
+    bell: Bell,
     /// The machine's balloon, in all its lives.
     pub balloon: Option<Arc<balloon::Wish>>,
 }
@@ -46,8 +50,10 @@ pub struct Wish {
     pub stop: bool,
     /// To be in this state from now on; whoever wants it waits for [`Control::is`].
     pub state: Option<State>,
-    /// To write a snapshot, wanted since then; whoever wants it waits for [`Control::answer`].
-    pub snapshot: Option<(Target, Instant)>,
+    /// To write a snapshot, which is seen to here.
+    target: Option<Target>,
+    /// To stop for a snapshot, since then; [`Control::keeps`] is to be called then.
+    pub snapshot: Option<Instant>,
 }
 
 impl Control {
@@ -55,7 +61,7 @@ impl Control {
     ///
     /// # Errors
     /// The name is no name or taken, or there is no place for the socket.
-    pub fn open(config: &Config) -> Result<Self> {
+    pub fn open(config: &Config, bell: Bell) -> Result<Self> {
         let started = Instant::now();
         let mut server = None;
         if let Some(name) = &config.name {
@@ -85,7 +91,7 @@ impl Control {
         };
         let balloon = config.balloon.then(balloon::Wish::new).transpose().context("eventfd")?;
         let due = server.is_none().then(|| started + LATE);
-        Ok(Self { info, started, server, due, wish: Wish::default(), writing: None, balloon })
+        Ok(Self { info, started, server, due, wish: Wish::default(), writing: None, bell, balloon })
     }
 
     /// What the machine runs.
@@ -115,11 +121,11 @@ impl Control {
     ///
     /// # Errors
     /// The host refuses to watch.
-    pub fn serve(&mut self, readiness: &Readiness, ready: &[u64], telling: &Telling) -> Result<Wish> {
+    pub fn serve(&mut self, readiness: &Readiness, ready: &[u64], telling: &Telling, memory: &Memory) -> Result<Wish> {
         if self.due.is_some_and(|at| at <= Instant::now()) {
             self.make(readiness)?;
         }
-        let Self { info, started, server, wish, writing, balloon, .. } = self;
+        let Self { info, started, server, wish, writing, balloon, bell, .. } = self;
         let Some(server) = server else { return Ok(Wish::default()) };
         info.age = started.elapsed().as_secs_f64();
         info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
@@ -132,19 +138,29 @@ impl Control {
             Request::Snapshot { .. } if busy => Some(Err("a snapshot of this machine is being written".into())),
             request => answer(request, info, telling, balloon, wish),
         })?;
+        if let Some(target) = wish.target.take() {
+            match Writing::start(memory, target, bell.clone()) {
+                Ok(started) => {
+                    *writing = Some(started);
+                    // Others are served meanwhile.
+                    server.defer(readiness);
+                }
+                Err(e) => server.answer(&Err(format!("{e:#}"))),
+            }
+        }
+        wish.snapshot = writing.as_mut().is_some_and(Writing::wants_the_machine).then(Instant::now);
         Ok(std::mem::take(wish))
     }
 
-    /// A snapshot is written while the machine goes on, or stands still for something else: whoever asked for it is told
-    /// once it is complete.
-    pub fn writes(&mut self, writing: Writing, readiness: &Readiness) {
-        self.writing = Some(writing);
-        self.server.iter_mut().for_each(|server| server.defer(readiness));
-    }
-
-    /// Whether the machine runs, but for what it was stopped for a moment ago.
-    pub fn runs(&self) -> bool {
-        self.info.state == State::Running
+    /// What the machine is that stopped for a snapshot; it may go on when this returns.
+    pub fn keeps(&mut self, taken: Result<Taken>, since: Instant) {
+        if let Some(writing) = &mut self.writing {
+            writing.take(taken, since);
+            // One that stands still for something else does not stand still for this any more.
+            if self.info.state == State::Paused {
+                writing.goes_on();
+            }
+        }
     }
 
     /// The machine is in this state now: whoever wanted that has its answer.
@@ -160,8 +176,7 @@ impl Control {
     pub fn has_ended(&mut self) {
         let ended = Err("the machine has ended".into());
         self.answer(&ended);
-        if let Some(writing) = self.writing.take() {
-            writing.cancel();
+        if self.writing.take().is_some() {
             let _ = self.server.as_mut().map(|server| server.deliver(&ended, None));
         }
     }
@@ -239,7 +254,10 @@ fn answer(
         (Request::Pause {}, _) => return be(State::Paused, info, wish),
         (Request::Resume {}, _) => return be(State::Running, info, wish),
         (Request::Snapshot { path, keep }, _) => {
-            wish.snapshot = Some((Target { path, keep }, Instant::now()));
+            if !path.is_absolute() {
+                return Some(Err("the folder is to be named by its whole path".into()));
+            }
+            wish.target = Some(Target { path, keep });
             return None;
         }
     };

@@ -1,17 +1,14 @@
 //! A machine that stands still, as a snapshot; and one that was just built, from it.
 
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use kvm_ioctls::VcpuFd;
 
 use super::streams::Streams;
-use super::writing::{Stood, Writing, told};
 use super::{Machine, Paused, build_on};
 use crate::config::Config;
-use crate::event::Readiness;
-use crate::snapshot::{Snapshot, State, Taken, Target};
+use crate::snapshot::{Snapshot, State, Taken};
 use crate::vcpu::Vcpu;
 use crate::vm::kvm;
 use crate::{arch, board};
@@ -70,28 +67,10 @@ impl Machine<Paused> {
         self.board.buses.load(devices)
     }
 
-    /// Takes a snapshot, and has it written while the machine goes on where the host has a way to that; whoever asked for
-    /// it, since when the CPUs were to stop, is told.
-    pub(super) fn snapshot(&self, target: Target, since: Instant, readiness: &Readiness, streams: &mut Streams) {
-        let bell = streams.bell();
-        let Err(answer) = self.take(&target, streams.control.guest()).and_then(|mut taken| {
-            let stood = || if streams.control.runs() { Stood::Since(since) } else { Stood::For(since.elapsed()) };
-            if let Err(why) = taken.freeze() {
-                // Nothing cancels it, as nobody else is served.
-                let written = taken.write(&target, &AtomicBool::new(false))?;
-                streams.control.answer(&Ok(told(written, since.elapsed(), Some(&why.to_string()))));
-                return Ok(());
-            }
-            streams.control.writes(Writing::start(taken, target, stood(), bell)?, readiness);
-            Ok(())
-        }) else {
-            return;
-        };
-        streams.control.answer(&Err(format!("{answer:#}")));
-    }
-
-    fn take(&self, target: &Target, guest: &str) -> Result<Taken> {
-        target.path.is_absolute().then_some(()).context("the folder is to be named by its whole path")?;
-        Taken::new(guest, self.config.of_a_snapshot(), self.save()?, &self.memory)
+    /// Gives whoever writes a snapshot what it asked for; since when the CPUs were to stop for it.
+    pub(super) fn snapshot(&self, since: Instant, streams: &mut Streams) {
+        let guest = streams.control.guest();
+        let taken = self.save().and_then(|state| Taken::new(guest, self.config.of_a_snapshot(), state));
+        streams.control.keeps(taken, since);
     }
 }

@@ -76,6 +76,7 @@ impl Streams {
         // What is typed goes to one port only.
         let typed = config.console != Some(Serial::Stdio);
         let (serial, target) = Port::open(SERIAL, &config.serial, typed, bell.clone())?;
+        let control = Control::open(config, bell.clone())?;
         let mut streams = Self {
             bell,
             stdout: None,
@@ -88,7 +89,7 @@ impl Streams {
             tail: (config.platform == arch::LINUX_PLATFORM).then(Tail::default),
             flush_at: None,
             retell: false,
-            control: Control::open(config)?,
+            control,
         };
         if config.serial == Serial::Stdio || config.debugcon.is_some() || config.console == Some(Serial::Stdio) {
             let stdout = rustix::io::dup(rustix::stdio::stdout()).context("stdout")?;

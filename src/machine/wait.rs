@@ -1,7 +1,7 @@
 //! The event loop of a running machine: signals, streams, limits, and CPUs that have halted for good.
 //!
 //! Invariant: the loop never blocks but in its one wait, so a signal is answered at once whatever the guest, the
-//! terminal or a pipe does. (While a snapshot is written, it waits for the disk.)
+//! terminal or a pipe does. (While a snapshot is written that cannot be written otherwise, it waits for the disk.)
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -19,7 +19,6 @@ use crate::control::State;
 use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::sys::{self, lease};
-use crate::snapshot::Target;
 use crate::vcpu::{Idle, Stop};
 
 const SIGNALS: u64 = 10;
@@ -117,8 +116,8 @@ impl Machine<Running> {
             if let Some((cpu, stop)) = ended {
                 return Ok(Served::End(End::Guest(*cpu, stop.clone())));
             }
-            let asked = streams.control.serve(readiness, &ready, &life.telling)?;
-            if let Some(served) = self.asked(asked, life) {
+            let asked = streams.control.serve(readiness, &ready, &life.telling, &self.memory)?;
+            if let Some(served) = self.asked(&asked, life) {
                 return Ok(served);
             }
             let wish = streams.serve(readiness, &ready)?;
@@ -156,13 +155,13 @@ impl Machine<Running> {
 
 impl Machine<Running> {
     /// What clients of the control socket want that the CPUs are to stop for.
-    fn asked(&self, wish: Wish, life: &Life) -> Option<Served> {
+    fn asked(&self, wish: &Wish, life: &Life) -> Option<Served> {
         if wish.stop && self.stops(&life.stopping) {
             return Some(Served::End(End::Signal(sys::SIGTERM)));
         }
         let stops = match (wish.state, wish.snapshot) {
             (Some(State::Paused), _) => Served::Pause,
-            (_, Some((target, since))) => Served::Snapshot(target, since),
+            (_, Some(since)) => Served::Snapshot(since),
             _ => return wish.count.then_some(Served::Count),
         };
         // It goes on with whoever is to count.
@@ -228,7 +227,7 @@ impl Machine<Paused> {
                 streams.control.is(State::Paused);
                 return self.stand(readiness, life, streams);
             }
-            Served::Snapshot(target, since) => self.snapshot(target, since, readiness, streams),
+            Served::Snapshot(since) => self.snapshot(since, streams),
             Served::End(end) => {
                 let goes_on = board::can_wake(&self.board, &self.state.vcpus, &self.memory)?;
                 return Ok((!goes_on).then_some(end));
@@ -255,15 +254,15 @@ impl Machine<Paused> {
             {
                 return Ok(Some(end));
             }
-            let asked = streams.control.serve(readiness, &ready, &life.telling)?;
+            let asked = streams.control.serve(readiness, &ready, &life.telling, &self.memory)?;
             if asked.stop {
                 return Ok(Some(End::Signal(sys::SIGTERM)));
             }
             if asked.count {
                 life.telling.start();
             }
-            if let Some((target, since)) = asked.snapshot {
-                self.snapshot(target, since, readiness, streams);
+            if let Some(since) = asked.snapshot {
+                self.snapshot(since, streams);
             }
             let wish = streams.serve(readiness, &ready)?;
             typed |= wish.input;
@@ -316,7 +315,7 @@ enum Served {
     /// Somebody wants the machine to stand still.
     Pause,
     /// A snapshot is to be written.
-    Snapshot(Target, Instant),
+    Snapshot(Instant),
     /// The process was stopped for a while: the CPUs stop once more, and are told.
     Continued,
     /// `ctrl-a r`: the CPUs stop, a report shows them, and they go on.

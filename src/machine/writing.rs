@@ -1,75 +1,179 @@
 //! A snapshot that is written while its machine goes on.
 //!
-//! Invariant: whoever asked for it gets one answer, once it is complete, or has failed, or the machine has ended.
+//! A thread watches RAM; once it does, the CPUs stop for a moment, in which it is given what the machine holds besides, and
+//! writes all that from then on. Invariant: whoever asked for it gets one answer, once it is complete, or has failed, or the
+//! machine has ended.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, anyhow};
 
 use crate::control::Answer;
 use crate::event::Worker;
 use crate::host::output::Bell;
-use crate::snapshot::{Taken, Target, Written};
+use crate::memory::Memory;
+use crate::snapshot::{Moment, Taken, Target, Watched, Written};
 
-/// Since when a machine stands still for it, and how long it did.
-#[derive(Debug, Clone, Copy)]
-pub enum Stood {
-    /// It still does.
-    Since(Instant),
-    /// It has gone on, or stands still for something else.
-    For(Duration),
+/// What the two threads share.
+#[derive(Default)]
+struct Shared {
+    /// RAM is watched, or why it cannot be.
+    watched: OnceLock<Result<(), String>>,
+    outcome: OnceLock<Result<Written, String>>,
+    cancelled: AtomicBool,
 }
 
 /// Such a snapshot.
 pub struct Writing {
-    worker: Worker<()>,
-    outcome: Arc<OnceLock<Result<Written, String>>>,
-    cancelled: Arc<AtomicBool>,
+    worker: Option<Worker<()>>,
+    shared: Arc<Shared>,
+    target: Target,
+    memory: Memory,
+    /// Rung when the moment has come.
+    now: Bell,
+    /// Rung for whoever is to ask for the outcome.
+    bell: Bell,
+    taken: Sender<Taken>,
+    /// Heard of when the machine may go on.
+    frozen: Receiver<()>,
+    /// The machine was asked to stop for it.
+    asked: bool,
     stood: Stood,
 }
 
-/// What is told of a snapshot that is complete; why it was written while the machine stood still, if it was.
-pub fn told(written: Written, stood: Duration, why: Option<&str>) -> String {
-    let (memory, seconds) = (written.memory, stood.as_secs_f64());
-    serde_json::json!({ "memory": memory, "seconds": seconds, "copied": why }).to_string()
+/// How long a machine stood still for it.
+#[derive(Debug, Clone, Copy)]
+enum Stood {
+    /// It did not yet.
+    Not,
+    /// It does, since then.
+    Since(Instant),
+    /// It did.
+    For(Duration),
+}
+
+/// What the thread has.
+struct Watcher {
+    shared: Arc<Shared>,
+    target: Target,
+    memory: Memory,
+    now: Bell,
+    taken: Receiver<Taken>,
+    frozen: Sender<()>,
+    bell: Bell,
+}
+
+impl Watcher {
+    fn run(self) {
+        match Watched::new(&self.memory) {
+            Err(why) => drop(self.shared.watched.set(Err(why.to_string()))),
+            Ok(watched) => {
+                let _ = self.shared.watched.set(Ok(()));
+                self.bell.ring();
+                let written = self.write(watched).map_err(|e| format!("{e:#}"));
+                let _ = self.shared.outcome.set(written);
+            }
+        }
+        self.bell.ring();
+    }
+
+    fn write(&self, mut watched: Watched) -> Result<Written> {
+        watched.watch(&self.now).context("watching RAM")?;
+        // Nobody gives anything where it is cancelled.
+        let taken = self.taken.try_recv().map_err(|_| anyhow!("the machine has ended"))?;
+        let moment = watched.freeze().context("freezing RAM")?;
+        let _ = self.frozen.send(());
+        taken.write(moment, &self.target, &self.shared.cancelled)
+    }
 }
 
 impl Writing {
-    /// Writes what was taken and frozen, on a thread of its own.
+    /// Begins to watch RAM; `bell` is rung whenever there is news.
     ///
     /// # Errors
-    /// The host has no thread left.
-    pub fn start(taken: Taken, target: Target, stood: Stood, bell: Bell) -> Result<Self> {
-        let (outcome, cancelled) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(false)));
-        let (told, asked) = (outcome.clone(), cancelled.clone());
-        let worker = Worker::start("snapshot".into(), move || {
-            let _ = told.set(taken.write(&target, &asked).map_err(|e| format!("{e:#}")));
-            bell.ring();
-        })?;
-        Ok(Self { worker, outcome, cancelled, stood })
+    /// The host has no thread or descriptor left.
+    pub fn start(memory: &Memory, target: Target, bell: Bell) -> Result<Self> {
+        let (shared, now) = (Arc::<Shared>::default(), Bell::new().context("eventfd")?);
+        let ((taken, takes), (froze, frozen)) = (channel(), channel());
+        let watcher = Watcher {
+            shared: shared.clone(),
+            target: target.clone(),
+            memory: memory.clone(),
+            now: now.clone(),
+            taken: takes,
+            frozen: froze,
+            bell: bell.clone(),
+        };
+        let worker = Some(Worker::start("snapshot".into(), move || watcher.run())?);
+        let (memory, stood) = (memory.clone(), Stood::Not);
+        Ok(Self { worker, shared, target, memory, now, bell, taken, frozen, asked: false, stood })
     }
 
-    /// The machine goes on.
-    pub fn goes_on(&mut self) {
-        if let Stood::Since(begun) = self.stood {
-            self.stood = Stood::For(begun.elapsed());
+    /// The machine is to stop for a moment: true once.
+    pub fn wants_the_machine(&mut self) -> bool {
+        let wants = !self.asked && self.shared.watched.get().is_some();
+        self.asked |= wants;
+        wants
+    }
+
+    /// What the machine is, which stands still since it was asked to. It may go on when this returns.
+    pub fn take(&mut self, taken: Result<Taken>, since: Instant) {
+        self.stood = Stood::Since(since);
+        if let Err(why) = taken.and_then(|taken| self.hand_over(taken)) {
+            let _ = self.shared.outcome.set(Err(format!("{why:#}")));
+            self.stop();
         }
     }
 
-    /// What became of it, once that is known.
-    pub fn outcome(&self) -> Option<Answer> {
-        let stood = match self.stood {
-            Stood::Since(begun) => begun.elapsed(),
-            Stood::For(time) => time,
-        };
-        self.outcome.get().map(|outcome| outcome.clone().map(|written| told(written, stood, None)))
+    fn hand_over(&self, taken: Taken) -> Result<()> {
+        if self.copies().is_some() {
+            let written = taken.write(Moment::still(&self.memory), &self.target, &self.shared.cancelled);
+            let _ = self.shared.outcome.set(written.map_err(|e| format!("{e:#}")));
+            return Ok(());
+        }
+        self.taken.send(taken).map_err(|_| anyhow!("the thread that writes it has ended"))?;
+        self.now.ring();
+        // It ends without a word where the host fails it; its outcome says how.
+        let _ = self.frozen.recv();
+        Ok(())
     }
 
-    /// Nobody waits for it any more; nothing is left of one that is not complete.
-    pub fn cancel(self) {
-        self.cancelled.store(true, Ordering::Relaxed);
-        let _ = self.worker.join();
+    /// Why RAM is written while the machine stands still, if it is.
+    fn copies(&self) -> Option<&str> {
+        self.shared.watched.get()?.as_ref().err().map(String::as_str)
+    }
+
+    /// The machine goes on, or stands still for something else.
+    pub fn goes_on(&mut self) {
+        if let Stood::Since(begun) = self.stood {
+            self.stood = Stood::For(begun.elapsed());
+            // It may have been known before.
+            self.bell.ring();
+        }
+    }
+
+    /// What became of it, once that is known and the machine goes on.
+    pub fn outcome(&self) -> Option<Answer> {
+        let Stood::For(stood) = self.stood else { return None };
+        let outcome = self.shared.outcome.get()?.clone();
+        Some(outcome.map(|Written { memory }| {
+            serde_json::json!({ "memory": memory, "seconds": stood.as_secs_f64(), "copied": self.copies() }).to_string()
+        }))
+    }
+
+    fn stop(&mut self) {
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+        self.now.ring();
+        let _ = self.worker.take().map(Worker::join);
+    }
+}
+
+impl Drop for Writing {
+    /// Nothing is left of one that is not complete.
+    fn drop(&mut self) {
+        self.stop();
     }
 }

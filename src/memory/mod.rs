@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-pub use self::frozen::Frozen;
+pub use self::frozen::{Frozen, Waiting};
 use self::mapping::Mapping;
 use crate::error::refuse;
 use crate::host::sys::disk::Buffers;

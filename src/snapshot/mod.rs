@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 
 use self::ram::{Image, Ram};
+pub use self::ram::{Moment, Watched};
 pub use self::write::{Taken, Target, Written};
 use crate::arch::{self, SavedCpu};
 use crate::board::SavedVm;

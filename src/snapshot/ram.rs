@@ -3,10 +3,10 @@
 //! Invariant: no byte of it reaches a guest that was not compared with its sum since the file last changed, and the file
 //! cannot change as long as it is open here (where the host has leases).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::ErrorKind;
-use std::os::fd::AsRawFd;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,13 +14,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::write::{Target, make};
 use super::{Verify, broken, checked, sum};
 use crate::error::Refusal;
 use crate::host::sys;
-use crate::memory::{Frozen, Memory, Span, pages};
+use crate::memory::{Frozen, Memory, Span, Waiting, pages};
 
 /// Bytes of RAM with a sum of their own.
 pub const BLOCK: u64 = 64 << 10;
@@ -59,91 +61,189 @@ fn spans(memory: &Memory) -> impl Iterator<Item = Span> {
     memory.slots().into_iter().map(|slot| slot.span)
 }
 
+/// A part of RAM, within one mapping: where it is in RAM, and in the file.
+type Part = (Span, u64);
+
+/// The part that an address lies in.
+fn part_of(places: &[(u64, Span)], addr: u64) -> Option<Part> {
+    let (start, span) = places.iter().find(|(_, span)| span.start <= addr && addr <= span.last())?;
+    let at = (addr - span.start) / BLOCK * BLOCK;
+    Some((Span { start: span.start + at, size: BLOCK.min(span.size - at) }, start + at))
+}
+
+/// The parts that may hold anything but zeroes, in ascending order.
+fn parts_of(places: &[(u64, Span)], memory: &Memory) -> Vec<Part> {
+    let mut parts = Vec::new();
+    for (_, span) in places {
+        // Those that were touched may lie in one block, or in one another.
+        let mut next = span.start;
+        for touched in memory.touched(*span) {
+            let mut at = touched.start.max(next);
+            while at <= touched.last()
+                && let Some(part) = part_of(places, at)
+            {
+                parts.push(part);
+                at = part.0.last().saturating_add(1);
+            }
+            next = next.max(at);
+        }
+    }
+    parts
+}
+
+/// RAM of a machine that goes on until it is to be kept: what changes meanwhile is known.
+pub struct Watched {
+    memory: Memory,
+    frozen: Frozen,
+    places: Vec<(u64, Span)>,
+    bytes: u64,
+    parts: Vec<Part>,
+    /// Those that changed, or began, since they were guarded.
+    changed: BTreeSet<Part>,
+}
+
+impl Watched {
+    /// Begins to watch.
+    ///
+    /// # Errors
+    /// The host has no way to that.
+    pub fn new(memory: &Memory) -> io::Result<Self> {
+        let frozen = memory.freeze()?;
+        let (places, bytes) = places(spans(memory));
+        // What begins from here on is told of.
+        let parts = parts_of(&places, memory);
+        frozen.guard(parts.iter().map(|(span, _)| *span))?;
+        Ok(Self { memory: memory.clone(), frozen, places, bytes, parts, changed: BTreeSet::new() })
+    }
+
+    /// Lets the machine change what it likes until `now` is readable.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn watch(&mut self, now: impl AsFd) -> io::Result<()> {
+        loop {
+            self.answer()?;
+            let mut both = [&self.frozen.as_fd(), &now.as_fd()].map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN));
+            match poll(&mut both, None) {
+                Err(Errno::INTR) | Ok(_) => {}
+                Err(e) => return Err(e.into()),
+            }
+            if both.get(1).is_some_and(|now| !now.revents().is_empty()) {
+                return self.answer();
+            }
+        }
+    }
+
+    fn answer(&mut self) -> io::Result<()> {
+        while let Some(waiting) = self.frozen.waiting() {
+            let (Waiting::ToWrite(addr) | Waiting::ToBegin(addr)) = waiting;
+            let Some(part) = part_of(&self.places, addr) else { continue };
+            self.changed.insert(part);
+            match waiting {
+                Waiting::ToWrite(_) => self.frozen.let_go(part.0)?,
+                Waiting::ToBegin(_) => self.frozen.begin(addr)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Now: the machine stands still, and may go on when this returns.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn freeze(mut self) -> io::Result<Moment> {
+        self.answer()?;
+        self.frozen.guard(self.changed.iter().map(|(span, _)| *span))?;
+        let Self { memory, frozen, places, bytes, parts, changed } = self;
+        Ok(Moment { memory, places, bytes, parts, changed, frozen: Some(frozen) })
+    }
+}
+
 /// RAM at a moment, to be written.
 pub struct Moment {
     memory: Memory,
-    /// What may hold anything but zeroes, block by block: where it is in RAM, in ascending order, and in the file.
-    blocks: Vec<(Span, u64)>,
+    places: Vec<(u64, Span)>,
     bytes: u64,
-    /// None: nobody may write to it until it is written.
+    parts: Vec<Part>,
+    /// More of them, some twice.
+    changed: BTreeSet<Part>,
+    /// None: the machine stands still until it is written.
     frozen: Option<Frozen>,
 }
 
 impl Moment {
-    /// Takes the RAM of a machine that stands still, and has to until it is written or frozen.
-    pub fn new(memory: &Memory) -> Self {
+    /// The RAM of a machine that stands still, and has to until this is written.
+    pub fn still(memory: &Memory) -> Self {
         let (places, bytes) = places(spans(memory));
-        let mut blocks = Vec::new();
-        for (start, span) in places {
-            // Parts may lie in one block, or in one another.
-            let mut next = 0;
-            for part in memory.touched(span) {
-                let (first, end) = (part.start - span.start, part.last() - span.start);
-                let part = next.max(first / BLOCK)..=end / BLOCK;
-                blocks.extend(part.map(|block| {
-                    let at = block * BLOCK;
-                    (Span { start: span.start + at, size: BLOCK.min(span.size - at) }, start + at)
-                }));
-                next = next.max(end / BLOCK + 1);
-            }
-        }
-        Self { memory: memory.clone(), blocks, bytes, frozen: None }
-    }
-
-    /// The machine may go on from now on.
-    ///
-    /// # Errors
-    /// The host has no way to that; nothing has changed.
-    pub fn freeze(&mut self) -> std::io::Result<()> {
-        self.frozen = Some(self.memory.freeze(self.blocks.iter().map(|(span, _)| *span))?);
-        Ok(())
+        let parts = parts_of(&places, memory);
+        Self { memory: memory.clone(), places, bytes, parts, changed: BTreeSet::new(), frozen: None }
     }
 
     /// Writes it, but for what is all zeroes.
     ///
     /// # Errors
     /// The host cannot, or it is `cancelled`.
-    pub fn pour(self, path: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Ram> {
-        let (file, mut sums) = (make(path)?, BTreeMap::new());
-        let mut done = vec![false; self.blocks.len()];
-        let mut bytes = vec![0; BLOCK as usize];
-        let mut keep = |number: usize| -> Result<()> {
-            let (Some((span, at)), Some(done)) = (self.blocks.get(number), done.get_mut(number)) else { return Ok(()) };
-            if std::mem::replace(done, true) {
-                return Ok(());
-            }
-            // The last block of a mapping may be longer than the mapping.
-            bytes.fill(0);
-            self.memory.read(span.start, bytes.get_mut(..span.size as usize).unwrap_or_default())?;
-            if !is_zero(&bytes) {
-                file.write_all_at(&bytes, *at).with_context(|| format!("writing {}", path.display()))?;
-                sums.insert(at / BLOCK, sum(&bytes));
-            }
-            Ok(())
-        };
-        for number in 0..self.blocks.len() {
+    pub fn pour(mut self, path: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Ram> {
+        let mut pouring = Pouring { path, file: make(path)?, sums: BTreeMap::new(), bytes: vec![0; BLOCK as usize] };
+        self.parts.extend(std::mem::take(&mut self.changed));
+        self.parts.sort_unstable();
+        self.parts.dedup();
+        let mut done = vec![false; self.parts.len()];
+        for number in 0..self.parts.len() {
             if cancelled.load(Ordering::Relaxed) {
                 bail!("the machine has ended");
             }
             // Who waits comes first.
-            while let Some(first) = self.frozen.as_ref().and_then(Frozen::waiting) {
-                let number = self.blocks.partition_point(|(span, _)| span.last() < first);
-                keep(number)?;
-                self.let_go(number)?;
+            while let Some((frozen, waiting)) = self.frozen.as_ref().and_then(|f| Some((f, f.waiting()?))) {
+                let (Waiting::ToWrite(addr) | Waiting::ToBegin(addr)) = waiting;
+                if let Some(part) = part_of(&self.places, addr) {
+                    // What is not among them was empty, and nobody guards it.
+                    if let Ok(number) = self.parts.binary_search(&part) {
+                        pouring.keep(&self, number, &mut done)?;
+                    }
+                    frozen.let_go(part.0).context("letting a guest go on")?;
+                }
+                if let Waiting::ToBegin(addr) = waiting {
+                    frozen.begin(addr).context("letting a guest go on")?;
+                }
             }
-            keep(number)?;
+            pouring.keep(&self, number, &mut done)?;
         }
         drop(self.frozen);
+        let Pouring { file, sums, .. } = pouring;
         file.set_len(self.bytes).with_context(|| format!("writing {}", path.display()))?;
         target.sync(&file, path)?;
         Ok(Ram { bytes: self.bytes, blocks: sums.into_iter().collect() })
     }
+}
 
-    fn let_go(&self, number: usize) -> Result<()> {
-        match (&self.frozen, self.blocks.get(number)) {
-            (Some(frozen), Some((span, _))) => frozen.let_go(*span).context("letting a guest go on"),
-            _ => Ok(()),
+/// A file that RAM is written to.
+struct Pouring<'a> {
+    path: &'a Path,
+    file: File,
+    sums: BTreeMap<u64, String>,
+    bytes: Vec<u8>,
+}
+
+impl Pouring<'_> {
+    /// Writes one part, the first time that it is asked for.
+    fn keep(&mut self, moment: &Moment, number: usize, done: &mut [bool]) -> Result<()> {
+        let (Some((span, at)), Some(done)) = (moment.parts.get(number), done.get_mut(number)) else { return Ok(()) };
+        if std::mem::replace(done, true) {
+            return Ok(());
         }
+        // The last block of a mapping may be longer than the mapping.
+        self.bytes.fill(0);
+        let place = self.bytes.get_mut(..span.size as usize).unwrap_or_default();
+        match moment.frozen {
+            Some(_) => moment.memory.peek(span.start, place)?,
+            None => moment.memory.read(span.start, place)?,
+        }
+        if !is_zero(&self.bytes) {
+            self.file.write_all_at(&self.bytes, *at).with_context(|| format!("writing {}", self.path.display()))?;
+            self.sums.insert(at / BLOCK, sum(&self.bytes));
+        }
+        Ok(())
     }
 }
 

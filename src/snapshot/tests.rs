@@ -60,7 +60,7 @@ fn at(path: &Path) -> Target {
 
 fn write(target: &Target, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
     let never = std::sync::atomic::AtomicBool::new(false);
-    Taken::new(guest, config.clone(), state.clone(), memory)?.write(target, &never)
+    Taken::new(guest, config.clone(), state.clone())?.write(Moment::still(memory), target, &never)
 }
 
 /// A folder with a snapshot in it.

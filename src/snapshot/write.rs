@@ -3,7 +3,7 @@
 //! Invariant: whatever happens, there is a whole snapshot under its name or none, and nothing that was there is lost.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -16,7 +16,6 @@ use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, Manifest, STATE, State
 use crate::arch;
 use crate::config::Config;
 use crate::error::refuse;
-use crate::memory::Memory;
 
 /// Where a snapshot is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,38 +60,29 @@ fn partial(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// A machine as it is at a moment, to be written.
+/// What a machine is at a moment, besides its RAM.
 pub struct Taken {
     guest: String,
     config: Config,
     disks: Vec<Disk>,
     state: State,
-    ram: Moment,
 }
 
 impl Taken {
-    /// Takes a machine that stands still, and has to until this is written, or frozen.
+    /// Takes it of a machine that stands still.
     ///
     /// # Errors
     /// A disk of it is gone.
-    pub fn new(guest: &str, config: Config, state: State, memory: &Memory) -> Result<Self> {
+    pub fn new(guest: &str, config: Config, state: State) -> Result<Self> {
         let disks = Disk::all(&config)?;
-        Ok(Self { guest: guest.into(), config, disks, state, ram: Moment::new(memory) })
-    }
-
-    /// The machine may go on from now on: what it is about to change is written first.
-    ///
-    /// # Errors
-    /// The host has no way to that; nothing has changed.
-    pub fn freeze(&mut self) -> io::Result<()> {
-        self.ram.freeze()
+        Ok(Self { guest: guest.into(), config, disks, state })
     }
 
     /// Writes it to a folder that is not there yet.
     ///
     /// # Errors
     /// The folder is there, or the host cannot write it, or it is `cancelled`; nothing is left behind then.
-    pub fn write(self, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
+    pub fn write(self, ram: Moment, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
         let path = &target.path;
         if path.symlink_metadata().is_ok() {
             let why = format!("{} is there already, and a snapshot never changes", path.display());
@@ -104,7 +94,7 @@ impl Taken {
         }
         let folder = partial(path);
         let _own = begin(&folder)?;
-        let written = self.fill(&folder, target, cancelled).and_then(|written| {
+        let written = self.fill(ram, &folder, (target, cancelled)).and_then(|written| {
             // Not over one that has come in the meantime.
             renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
                 .with_context(|| format!("giving {} its name", path.display()))?;
@@ -118,8 +108,8 @@ impl Taken {
         written
     }
 
-    fn fill(self, folder: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
-        let Self { guest, config, disks, state, ram } = self;
+    fn fill(self, ram: Moment, folder: &Path, (target, cancelled): (&Target, &AtomicBool)) -> Result<Written> {
+        let Self { guest, config, disks, state } = self;
         let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
         let state = serde_json::to_vec(&state)?;
         put(&folder.join(STATE), &state, target)?;

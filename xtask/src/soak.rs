@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 11] = [
+const JOBS: [Job; 12] = [
     Job {
         name: "loaders",
         count: 10_000_000,

@@ -1,28 +1,46 @@
-//! Being asked before somebody writes to memory (userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst): whoever
-//! does, guest or device or this program, waits until it is let.
+//! Being asked before somebody writes to memory, or touches what was never touched (userfaultfd(2),
+//! Documentation/admin-guide/mm/userfaultfd.rst): whoever does, guest or device or this program, waits until it is let.
 //!
 //! Invariant: all wait at most as long as a [`Guarded`] lives.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
-/// UFFD_API, and what is needed of it: write protection, also of memory files (Linux 5.19; arm64: 6.10).
+/// UFFD_API, and what is needed of it: write protection, also of memory files (Linux 5.19; arm64: 6.10), and to be told of
+/// what is touched first in those.
 const API: u64 = 0xaa;
-const FEATURES: u64 = 1 | 1 << 12;
-/// UFFDIO_API, UFFDIO_REGISTER, UFFDIO_WRITEPROTECT: `_IOWR(0xaa, number, size)`.
-const UFFDIO_API: u64 = request(0x3f, size_of::<[u64; 3]>());
-const UFFDIO_REGISTER: u64 = request(0x00, size_of::<[u64; 4]>());
-const UFFDIO_WRITEPROTECT: u64 = request(0x06, size_of::<[u64; 3]>());
-/// UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP
-const REGISTER_WP: u64 = 2;
+const FEATURES: u64 = 1 | 1 << 5 | 1 << 12;
+/// UFFDIO_API, UFFDIO_REGISTER, UFFDIO_ZEROPAGE, UFFDIO_WRITEPROTECT, UFFDIO_WAKE
+const UFFDIO_API: u64 = request(BOTH, 0x3f, size_of::<[u64; 3]>());
+const UFFDIO_REGISTER: u64 = request(BOTH, 0x00, size_of::<[u64; 4]>());
+const UFFDIO_ZEROPAGE: u64 = request(BOTH, 0x04, size_of::<[u64; 4]>());
+const UFFDIO_WRITEPROTECT: u64 = request(BOTH, 0x06, size_of::<[u64; 3]>());
+const UFFDIO_WAKE: u64 = request(READ, 0x02, size_of::<[u64; 2]>());
+/// UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP; UFFDIO_WRITEPROTECT_MODE_WP
+const REGISTER: u64 = 1 | 2;
 const WP: u64 = 1;
-/// Bytes of `struct uffd_msg`, whose first is UFFD_EVENT_PAGEFAULT and whose third word is the address.
+/// Bytes of `struct uffd_msg`, whose first is UFFD_EVENT_PAGEFAULT, whose second word are flags and whose third is the address.
 const MESSAGE: usize = 32;
 const PAGEFAULT: u8 = 0x12;
+/// UFFD_PAGEFAULT_FLAG_WP
+const PROTECTED: u64 = 2;
 
-const fn request(number: u64, size: usize) -> u64 {
-    3 << 30 | (size as u64) << 16 | API << 8 | number
+/// `_IOR` and `_IOWR`.
+const READ: u64 = 2;
+const BOTH: u64 = 3;
+
+const fn request(direction: u64, number: u64, size: usize) -> u64 {
+    direction << 30 | (size as u64) << 16 | API << 8 | number
+}
+
+/// Somebody waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// To write to this address, which is guarded.
+    Write(usize),
+    /// To touch this address, where there was nothing yet.
+    First(usize),
 }
 
 /// Memory that nobody writes to unasked.
@@ -55,9 +73,9 @@ impl Guarded {
     /// Memory that this process has mapped is to be guarded; it is not yet.
     ///
     /// # Errors
-    /// It is of a kind that cannot be: neither a memory file nor this process's alone.
+    /// It is of a kind that cannot be: neither a memory file nor anonymous.
     pub fn register(&self, start: usize, size: usize) -> io::Result<()> {
-        self.ask(UFFDIO_REGISTER, &mut [start as u64, size as u64, REGISTER_WP, 0])
+        self.ask(UFFDIO_REGISTER, &mut [start as u64, size as u64, REGISTER, 0])
     }
 
     /// Guards whole pages of what was registered, from now on.
@@ -76,13 +94,35 @@ impl Guarded {
         self.ask(UFFDIO_WRITEPROTECT, &mut [start as u64, size as u64, 0])
     }
 
-    /// Where somebody waits to write, if anybody does who was not told of yet.
-    pub fn waiting(&self) -> Option<usize> {
+    /// Puts zeroes on a page where nothing was; who waits for it goes on.
+    ///
+    /// # Errors
+    /// It was not registered.
+    pub fn begin(&self, page: usize, size: usize) -> io::Result<()> {
+        match self.ask(UFFDIO_ZEROPAGE, &mut [page as u64, size as u64, 0, 0]) {
+            // Somebody was faster.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                self.ask(UFFDIO_WAKE, &mut [page as u64, size as u64])
+            }
+            result => result,
+        }
+    }
+
+    /// Who waits, if anybody does who was not told of yet.
+    pub fn waiting(&self) -> Option<Fault> {
         let mut message = [0; MESSAGE];
         let count = (&self.0).read(&mut message).ok()?;
         let (words, _) = message.as_chunks::<8>();
-        let told = count == MESSAGE && message.first() == Some(&PAGEFAULT);
-        words.get(2).filter(|_| told).map(|address| usize::from_ne_bytes(*address))
+        let [_, flags, address, ..] = words else { return None };
+        (count == MESSAGE && message.first() == Some(&PAGEFAULT)).then_some(())?;
+        let address = usize::from_ne_bytes(*address);
+        Some(if u64::from_ne_bytes(*flags) & PROTECTED == 0 { Fault::First(address) } else { Fault::Write(address) })
+    }
+}
+
+impl AsFd for Guarded {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -100,5 +140,7 @@ mod tests {
         assert_eq!(UFFDIO_API, 0xc018_aa3f);
         assert_eq!(UFFDIO_REGISTER, 0xc020_aa00);
         assert_eq!(UFFDIO_WRITEPROTECT, 0xc018_aa06);
+        assert_eq!(UFFDIO_ZEROPAGE, 0xc020_aa04);
+        assert_eq!(UFFDIO_WAKE, 0x8010_aa02);
     }
 }
