@@ -415,17 +415,17 @@ fn a_machine_of_another_host_is_refused_by_what_differs() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.machine(&guest, "");
+    let started = place.counter(&guest, "");
     let folder = place.snapshot("one");
     place.tell("stop one");
     started.wait().expect(143);
-    let mut snapshot = Snapshot::open(&folder).unwrap();
+    let mut snapshot = Snapshot::open(&folder, How::default()).unwrap();
     let good = serde_json::to_value(&snapshot.state).unwrap();
     let mut refusal = |spoil: &dyn Fn(&mut Value)| {
         let mut state = good.clone();
         spoil(&mut state);
         snapshot.state = serde_json::from_value(state).unwrap();
-        format!("{:#}", of(&snapshot).load(&snapshot).unwrap_err())
+        format!("{:#}", of(&snapshot).err().unwrap())
     };
     // MIDR_EL1, of which the last four bits are the revision.
     let (id, name) = (0x6030_0000_0013_c000_u64, "0x603000000013c000");
