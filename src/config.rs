@@ -98,7 +98,7 @@ pub struct Config {
     /// a trace shows it [default: ioeventfd]
     #[arg(long, value_name = "HOW", help_heading = "Virtio devices")]
     pub doorbell: Option<Doorbell>,
-    /// A disk (repeatable): `PATH[,ro][,format=raw|qcow2][,queues=N][,cache=writeback|none][,serial=TEXT][,rate=N[iops]]`;
+    /// A disk (repeatable): `PATH[,ro|,overlay|,copy][,format=raw|qcow2][,queues=N][,cache=writeback|none][,serial=TEXT][,rate=N[iops]]`;
     /// a comma in PATH is written twice (docs/disks.md)
     #[arg(long, value_name = "PATH,…", help_heading = "Virtio devices", required = false)]
     pub disk: Vec<Words>,
