@@ -389,6 +389,10 @@ fn build_on(
 
 /// The soft limit warns, the hard one refuses.
 fn check_cpus(cpus: u32) -> Result<()> {
+    // One is what every host has.
+    if cpus <= 1 {
+        return Ok(());
+    }
     let kvm = kvm()?;
     let wanted = usize::try_from(cpus).unwrap_or(usize::MAX);
     let (soft, hard) = (kvm.get_nr_vcpus(), kvm.get_max_vcpus().min(arch::MAX_CPUS));
