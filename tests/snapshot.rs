@@ -18,7 +18,7 @@ use bantam::snapshot::{How, Snapshot};
 use common::arch::{PCI, follows_time, kept};
 use common::counting::{counts, goes_on, text};
 use common::place::{Place, grows, size};
-use common::{bantam, kvm};
+use common::{bantam, code, file, kvm};
 use random::Random;
 use serde_json::Value;
 use shell::Shell;
@@ -131,24 +131,31 @@ fn of(snapshot: &Snapshot) -> anyhow::Result<Machine<Paused>> {
     Machine::of(snapshot, &config, &Streams::open(&config)?)
 }
 
+/// At moments that depend on the seed, and on what the machine was at then.
 #[test]
 fn a_state_that_was_loaded_is_saved_the_same() {
     if !kvm() {
         return;
     }
+    let (first, count) = common::soak().unwrap_or((1, if common::host_is_emulated() { 1 } else { 5 }));
     for words in kept() {
-        let (place, guest) = (Place::new(), counts());
+        let (place, guest) = (Place::new(), file(code::STRINGS));
         let started = place.counter(&guest, &words);
-        let folder = place.snapshot("one");
+        for seed in first..first + count {
+            std::thread::sleep(Duration::from_micros(seed.wrapping_mul(6151) % 5000));
+            let folder = place.path("one");
+            place.tell(&format!("snapshot one {}", folder.display()));
+            let snapshot = Snapshot::open(&folder, How::default()).unwrap();
+            let machine = of(&snapshot).unwrap();
+            let json = |state| serde_json::to_value(state).unwrap();
+            let mut found = Vec::new();
+            differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
+            found.retain(|path| !follows_time(path));
+            assert!(found.is_empty(), "{words}, seed {seed}: {found:#?}");
+            std::fs::remove_dir_all(folder).unwrap();
+        }
         place.tell("stop one");
         started.wait().expect(143);
-        let snapshot = Snapshot::open(&folder, How::default()).unwrap();
-        let machine = of(&snapshot).unwrap();
-        let json = |state| serde_json::to_value(state).unwrap();
-        let mut found = Vec::new();
-        differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
-        found.retain(|path| !follows_time(path));
-        assert!(found.is_empty(), "{words}: {found:#?}");
     }
 }
 

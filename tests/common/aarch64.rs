@@ -45,6 +45,8 @@ pub mod code {
         0x3900_0020,
         0x17ff_fffa,
     ]);
+    /// There are no strings for devices here: it counts.
+    pub const STRINGS: &[u8] = COUNTS;
     /// Prints a byte, and writes its number to the first word of [`super::SWEPT`], again and again, each time the next:
     /// `mov x1,0x9000000; L: add w0,w0,1; strb w0,[x1]; mov x2,0x40100000; mov x3,128; M: str w0,[x2]; add x2,x2,0x10000;
     /// subs x3,x3,1; b.ne M; b L`
@@ -115,7 +117,14 @@ pub fn kept() -> Vec<String> {
     let all = [("KVM_CAP_ARM_PMU_V3", "pmu"), ("KVM_CAP_ARM_SVE", "sve")];
     let features: Vec<_> = all.into_iter().filter(has).map(|(_, word)| word).collect();
     let words = if features.is_empty() { String::new() } else { format!("--cpu-features {}", features.join(",")) };
-    vec!["".into(), "--irqchip none".into(), "--cpus 2 --rng on".into(), "--cpus 2 --msi none".into(), words]
+    vec![
+        "".into(),
+        "--irqchip none".into(),
+        "--cpus 2 --rng on".into(),
+        "--cpus 2 --msi none".into(),
+        "--memory 5G".into(),
+        words,
+    ]
 }
 /// A machine with devices on PCI, without these.
 pub const PCI: &str = "--cpus 2 --rng on --transport pci";

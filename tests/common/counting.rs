@@ -16,7 +16,8 @@ impl Place {
     /// A machine called `one`, whose serial port writes to the file `out`.
     pub fn counter(&self, guest: &File, words: &str) -> Started {
         let serial = format!("--serial file:{}", self.path("out").display());
-        let words = format!("--name one --memory 16M --timeout 60 {serial} {words}");
+        let memory = if words.contains("--memory") { "" } else { "--memory 16M" };
+        let words = format!("--name one {memory} --timeout 60 {serial} {words}");
         let started = self.run("run").arg(guest.path()).words(&words).start();
         grows(&self.path("out"), 0);
         started

@@ -16,6 +16,8 @@ pub mod code {
     /// mov al, [0x2000]; and al, 7; add al, '0'; out dx, al; jmp L`
     pub const COUNTS: &[u8] =
         &[0xba, 0xf8, 0x03, 0xff, 0x06, 0x00, 0x20, 0xa0, 0x00, 0x20, 0x24, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xf2];
+    /// Prints what it is, sixteen bytes at a time: `mov dx,0x3f8; L: mov si,0x1000; mov cx,16; rep outsb; jmp L`
+    pub const STRINGS: &[u8] = &[0xba, 0xf8, 0x03, 0xbe, 0x00, 0x10, 0xb9, 0x10, 0x00, 0xf3, 0x6e, 0xeb, 0xf6];
     /// Prints a byte, and writes its number to the first word of [`super::SWEPT`], again and again, each time the next: in
     /// protected mode `L: inc eax; mov edx,0x3f8; out dx,al; mov edi,0x100000; mov ecx,128; M: mov [edi],eax;
     /// add edi,0x10000; dec ecx; jnz M; jmp L`
@@ -41,7 +43,7 @@ pub const SWEPT: u64 = 0x10_0000;
 
 /// Machines of different parts, to be kept.
 pub fn kept() -> Vec<String> {
-    let all = ["", "--irqchip kernel --cpus 2", "--irqchip split --rng on", "--irqchip kernel --rng on"];
+    let all = ["", "--irqchip kernel --cpus 2", "--irqchip split --rng on", "--irqchip kernel --rng on", "--memory 5G"];
     all.map(String::from).to_vec()
 }
 /// A machine with devices on PCI, without these.

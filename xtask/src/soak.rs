@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 12] = [
+const JOBS: [Job; 13] = [
     Job {
         name: "loaders",
         count: 10_000_000,
@@ -79,6 +79,13 @@ const JOBS: [Job; 12] = [
         chunk: 200,
         sample: false,
         command: &["cargo", "test", "--release", "--test", "snapshot", "p26_"],
+    },
+    Job {
+        name: "snapshot-moments",
+        count: 1000,
+        chunk: 50,
+        sample: false,
+        command: &["cargo", "test", "--release", "--test", "snapshot", "a_state_that_was_loaded"],
     },
     Job {
         name: "clone-cycles",
