@@ -284,7 +284,9 @@ fn of_snapshots() -> Vec<Arg> {
     let verify = verify.help("When the sums of its RAM are compared [default: once]");
     let copy = Arg::new("copy").long("copy").action(clap::ArgAction::SetTrue);
     let copy = copy.help("Read all of its RAM at once, and need the snapshot no more");
-    [verify, copy].map(|arg| arg.help_heading("Snapshot")).into()
+    let freeze = Arg::new("clock-freeze").long("clock-freeze").action(clap::ArgAction::SetTrue);
+    let freeze = freeze.help("Have its clocks go on from where they were, and not from what time it is now (x86-64)");
+    [verify, copy, freeze].map(|arg| arg.help_heading("Snapshot")).into()
 }
 
 fn of_clones() -> Vec<Arg> {
@@ -387,7 +389,7 @@ fn other(matches: &ArgMatches) -> Result<Command> {
 
 fn how(words: &ArgMatches) -> How {
     let verify = words.get_one("verify").copied().unwrap_or_default();
-    How { verify, copy: words.get_flag("copy") }
+    How { verify, copy: words.get_flag("copy"), freeze_clock: words.get_flag("clock-freeze") }
 }
 
 /// The machine of a snapshot, with what it is to have another of.

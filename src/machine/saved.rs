@@ -1,6 +1,6 @@
 //! A machine that stands still, as a snapshot; and one that was just built, from it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use kvm_ioctls::VcpuFd;
@@ -26,8 +26,9 @@ impl Machine<Paused> {
         let one =
             |vcpu: &Vcpu| arch::save_cpu(kvm()?, vcpu.fd(), irqchip).with_context(|| format!("CPU {}", vcpu.id()));
         let cpus = self.state.vcpus.iter().map(one).collect::<Result<_>>()?;
+        let at = UNIX_EPOCH.elapsed().map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX));
         // This too may write to RAM.
-        Ok(State { cpus, kvm: board::save_vm(&self.vm, &self.cpus(), &self.board, irqchip)?, devices })
+        Ok(State { at, cpus, kvm: board::save_vm(&self.vm, &self.cpus(), &self.board, irqchip)?, devices })
     }
 
     fn cpus(&self) -> Vec<&VcpuFd> {
@@ -40,7 +41,7 @@ impl Machine<Paused> {
     /// The host cannot make it, or the snapshot is not as it was written, or of a machine of another kind.
     pub fn of(snapshot: &Snapshot, config: &Config, streams: &Streams) -> Result<Self> {
         let mut machine = build_on(config, streams, |spans| snapshot.memory(spans))?;
-        machine.load(&snapshot.state)?;
+        machine.load(&snapshot.state, snapshot.passed())?;
         Ok(machine)
     }
 
@@ -56,13 +57,18 @@ impl Machine<Paused> {
         Ok(machine)
     }
 
-    fn load(&mut self, state: &State) -> Result<()> {
-        let State { cpus, kvm: of_kvm, devices } = state;
+    /// So much later than it was then.
+    fn load(&mut self, state: &State, passed: Duration) -> Result<()> {
+        let State { cpus, kvm: of_kvm, devices, at: _ } = state;
         anyhow::ensure!(cpus.len() == self.state.vcpus.len(), "the state is that of {} CPUs", cpus.len());
         for (vcpu, saved) in self.state.vcpus.iter().zip(cpus) {
             arch::load_cpu(kvm()?, vcpu.fd(), saved).with_context(|| format!("CPU {}", vcpu.id()))?;
         }
-        board::load_vm(&self.vm, &self.cpus(), &self.board, of_kvm)?;
+        board::load_vm(&self.vm, &self.cpus(), &self.board, (of_kvm, passed))?;
+        // It shall take note that it stood still, lest it complains of a stall.
+        if passed > Duration::from_secs(1) {
+            self.cpus().into_iter().for_each(arch::was_stopped);
+        }
         // Last: what raises an interrupt needs somebody to raise it to.
         self.board.buses.load(devices)
     }

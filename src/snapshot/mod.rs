@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
@@ -43,6 +44,8 @@ const MEMORY: &str = "memory.bin";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
+    /// When that was: nanoseconds since 1970.
+    pub at: u64,
     /// In the order of their numbers.
     pub cpus: Vec<SavedCpu>,
     /// What KVM emulates besides.
@@ -119,6 +122,7 @@ pub struct Snapshot {
     pub state: State,
     image: Image,
     copy: bool,
+    freeze_clock: bool,
 }
 
 /// When the sums of RAM are compared.
@@ -138,6 +142,8 @@ pub struct How {
     pub verify: Verify,
     /// Its RAM is read at once, and the snapshot not needed any more.
     pub copy: bool,
+    /// Its clocks go on from where they were, and not from what it is now.
+    pub freeze_clock: bool,
 }
 
 fn sum(bytes: &[u8]) -> String {
@@ -251,7 +257,13 @@ impl Snapshot {
             image.keep()?;
             image.check(how.verify)?;
         }
-        Ok(Self { manifest, state, image, copy })
+        Ok(Self { manifest, state, image, copy, freeze_clock: how.freeze_clock })
+    }
+
+    /// How much later it is by now, as far as its guest is to know. A host whose clock was set back says nothing.
+    pub fn passed(&self) -> Duration {
+        let then = UNIX_EPOCH.checked_add(Duration::from_nanos(self.state.at)).filter(|_| !self.freeze_clock);
+        then.and_then(|then| then.elapsed().ok()).unwrap_or_default()
     }
 
     /// What a process has to keep that was started since this was opened, so that nobody changes the RAM of its machine; none

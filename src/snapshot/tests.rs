@@ -16,8 +16,8 @@ fn ram() -> Memory {
     Memory::new(&spans(), false).unwrap()
 }
 
-const COPY: How = How { verify: Verify::Always, copy: true };
-const MAP: How = How { verify: Verify::Always, copy: false };
+const COPY: How = How { verify: Verify::Always, copy: true, freeze_clock: true };
+const MAP: How = How { verify: Verify::Always, copy: false, freeze_clock: true };
 
 /// Some of it written.
 fn written() -> Memory {
@@ -43,11 +43,11 @@ fn all(memory: &Memory) -> Vec<u8> {
 
 fn state() -> State {
     let text = if cfg!(target_arch = "x86_64") {
-        r#"{"cpus":[{"tsc_khz":null,"cpuid":[],"parts":[{"name":"regs","words":[1,2]}],"msrs":[[16,5]]}],"kvm":{"parts":[],"times":[],
+        r#"{"at":5,"cpus":[{"tsc_khz":null,"cpuid":[],"parts":[{"name":"regs","words":[1,2]}],"msrs":[[16,5]]}],"kvm":{"parts":[],"times":[],
             "clock":{"name":"clock","words":[]}},
             "devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
     } else {
-        r#"{"cpus":[{"mp_state":0,"registers":[[6931039826524241920,[1,2]]],"serror":false,"syndrome":null}],
+        r#"{"at":5,"cpus":[{"mp_state":0,"registers":[[6931039826524241920,[1,2]]],"serror":false,"syndrome":null}],
             "kvm":{"clock":{"hertz":1,"counters":[]},"gic":null},
             "devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
     };

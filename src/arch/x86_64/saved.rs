@@ -7,9 +7,11 @@
 //! other would be a millisecond off for ever.
 
 use std::io;
+use std::iter;
 use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{
@@ -277,7 +279,7 @@ pub fn save_vm(fd: &VmFd, cpus: &[&VcpuFd], irqchip: Option<IrqChip>) -> Result<
 ///
 /// # Errors
 /// KVM refuses, or the state is not one of this version's.
-pub fn load_vm(fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm) -> Result<()> {
+pub fn load_vm(fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm, passed: Duration) -> Result<()> {
     let SavedVm { parts, times, clock } = saved;
     for words in parts {
         let part = match words.name.as_str() {
@@ -290,6 +292,52 @@ pub fn load_vm(fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm) -> Result<()> {
     if times.len() != cpus.len() {
         bail!("the saved state has the times of {} CPUs", times.len());
     }
-    cpus.iter().zip(times).try_for_each(|(cpu, times)| set_msrs(cpu, times))?;
-    set(fd, &CLOCK, clock)
+    // All its clocks, or none: they would not agree else.
+    let rate = |cpu: &&VcpuFd| if passed.is_zero() { Some(0) } else { cpu.get_tsc_khz().ok() };
+    let rates: Option<Vec<u32>> = cpus.iter().map(rate).collect();
+    let passed = if rates.is_some() { passed } else { Duration::ZERO };
+    for ((cpu, times), khz) in cpus.iter().zip(times).zip(rates.into_iter().flatten().chain(iter::repeat(0))) {
+        set_msrs(cpu, &later(times, khz, passed))?;
+    }
+    let mut clock = clock.clone();
+    if let [low, high, ..] = clock.words.as_mut_slice() {
+        let nanoseconds = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+        let now = (u64::from(*high) << 32 | u64::from(*low)).wrapping_add(nanoseconds);
+        (*low, *high) = (now as u32, (now >> 32) as u32);
+    }
+    set(fd, &CLOCK, &clock)
+}
+
+/// A CPU's times once so much time has passed.
+fn later(times: &[(u32, u64)], khz: u32, passed: Duration) -> Registers {
+    let ticks = passed.as_nanos().saturating_mul(khz.into()) / 1_000_000;
+    let later = |(index, value): &(u32, u64)| match TIMES.first() == Some(index) {
+        true => (*index, value.wrapping_add(ticks as u64)),
+        false => (*index, *value),
+    };
+    times.iter().map(later).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_stamp_counter_goes_on_with_the_time_and_a_deadline_stays() {
+        let times = [(0x10, u64::MAX), (0x6e0, 7)];
+        assert_eq!(later(&times, 2_596_124, Duration::from_secs(2)), [(0x10, 5_192_247_999), (0x6e0, 7)]);
+        assert_eq!(later(&times, 2_596_124, Duration::ZERO), times);
+        assert_eq!(later(&times, u32::MAX, Duration::MAX).len(), 2);
+    }
+
+    #[test]
+    fn what_is_new_is_known_by_every_word() {
+        let words = |name: &str, words: &[u32]| is_new(&Words { name: name.into(), words: words.to_vec() });
+        assert!(words("xcrs", &[1, 0, 0, 0, 1, 0]) && !words("xcrs", &[1, 0, 0, 0, 7, 0]) && words("mp-state", &[0]));
+        let mut debug = vec![0; 32];
+        (debug[8], debug[10]) = (0xffff_0ff0, 0x400);
+        assert!(words("debugregs", &debug));
+        debug[0] = 1;
+        assert!(!words("debugregs", &debug) && !words("regs", &[0]) && !words("mp-state", &[1]));
+    }
 }

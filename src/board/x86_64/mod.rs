@@ -5,6 +5,7 @@ mod acpi;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kvm_bindings::{
@@ -330,8 +331,8 @@ pub fn save_vm(vm: &Vm, cpus: &[&VcpuFd], _board: &Board, irqchip: Option<IrqChi
 ///
 /// # Errors
 /// KVM refuses, or the state is not one of this version's.
-pub fn load_vm(vm: &Vm, cpus: &[&VcpuFd], _board: &Board, saved: &SavedVm) -> Result<()> {
-    arch::load_vm(vm.fd(), cpus, saved)
+pub fn load_vm(vm: &Vm, cpus: &[&VcpuFd], _board: &Board, (saved, passed): (&SavedVm, Duration)) -> Result<()> {
+    arch::load_vm(vm.fd(), cpus, saved, passed)
 }
 
 /// A PC has no device tree.
