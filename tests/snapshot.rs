@@ -421,6 +421,29 @@ fn the_guests_clock_goes_on_from_where_it_was() {
     assert_eq!(before["counters"].as_array().unwrap().len(), after["counters"].as_array().unwrap().len());
 }
 
+/// What CPUID told the guest of must be there.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_cpu_that_lacks_a_feature_is_refused_by_name() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.counter(&guest, "--irqchip kernel");
+    let folder = place.snapshot("one");
+    place.tell("stop one");
+    started.wait().expect(143);
+    let mut snapshot = Snapshot::open(&folder, How::default()).unwrap();
+    of(&snapshot).unwrap();
+    let mut state = serde_json::to_value(&snapshot.state).unwrap();
+    let leaves = state["cpus"][0]["cpuid"].as_array_mut().unwrap();
+    let leaf = leaves.iter_mut().find(|leaf| leaf[0] == 7 && leaf[1] == 0).unwrap();
+    leaf[4] = u32::MAX.into();
+    snapshot.state = serde_json::from_value(state).unwrap();
+    let told = format!("{:#}", of(&snapshot).err().unwrap());
+    assert!(told.contains("CPUs lack what the guest was told of, in CPUID: 0x7.0 EBX 0x"), "{told}");
+}
+
 /// A CPU's identity and the rate of its counter are the host's.
 #[cfg(target_arch = "aarch64")]
 #[test]

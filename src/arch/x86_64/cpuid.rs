@@ -114,6 +114,41 @@ pub fn cpuid(supported: &CpuId, identity: Identity) -> CpuId {
     CpuId::from_entries(&leaves).unwrap_or_else(|_| supported.clone())
 }
 
+/// Where CPUID has bits that each stand for a feature (SDM vol. 2, AMD APM vol. 3): leaf and index, the registers from EAX
+/// to EDX, of each the bits that count. Some follow what the guest does: OSXSAVE and MONITOR, OSPKE.
+const FEATURES: [(u32, u32, [u32; 4]); 6] = [
+    (1, 0, [0, 0, !(1 << 27 | 1 << 3), !0]),
+    (7, 0, [0, !0, !(1 << 4), !0]),
+    (7, 1, [!0, 0, 0, !0]),
+    (0xd, 1, [!0, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, !0, !0]),
+    (0x8000_0008, 0, [0, !0, 0, 0]),
+];
+
+/// The features that a guest was told of by `saved` (function, index, flags, EAX, EBX, ECX, EDX) and that a CPU here does
+/// not have, whose leaves are `here`.
+pub fn lacking(saved: &[[u32; 7]], here: &[kvm_cpuid_entry2]) -> Vec<String> {
+    let of = |[function, index, _, registers @ ..]: &[u32; 7]| ((*function, *index), *registers);
+    let has = |wanted: (u32, u32)| {
+        let leaf = here.iter().find(|leaf| (leaf.function, leaf.index) == wanted);
+        leaf.map_or([0; 4], |leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
+    };
+    let mut lacking = Vec::new();
+    for (leaf, told) in saved.iter().map(of) {
+        let Some((.., counts)) = FEATURES.iter().find(|(function, index, _)| (*function, *index) == leaf) else {
+            continue;
+        };
+        let names = ["EAX", "EBX", "ECX", "EDX"].into_iter();
+        for (((name, told), has), counts) in names.zip(told).zip(has(leaf)).zip(counts) {
+            let more = told & !has & counts;
+            if more != 0 {
+                lacking.push(format!("{:#x}.{} {name} {more:#x}", leaf.0, leaf.1));
+            }
+        }
+    }
+    lacking
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +193,18 @@ mod tests {
         let kvm_cpuid_entry2 { index, flags, eax, ebx, ecx, edx, .. } = leaves[1];
         assert_eq!((index, flags, eax, ebx, ecx, edx), (1, 1, 3, 8, 0x201, 1));
         assert_eq!(on(1, "4", &[leaf(0xb, 0), leaf(0xb, 1)]).len(), 2);
+    }
+
+    #[test]
+    fn a_feature_that_is_not_here_is_named() {
+        let here = [leaf(7, 0), kvm_cpuid_entry2 { ecx: 0x10, ..leaf(1, 0) }];
+        let saved = |function, index, ebx, ecx| [function, index, 0, 5, ebx, ecx, 0];
+        assert!(
+            lacking(&[saved(7, 0, 0x1234_0000, 1 << 4), saved(1, 0, 99, 1 << 27 | 0x10), saved(4, 0, 1, 1)], &here)
+                .is_empty()
+        );
+        let all = [saved(7, 0, 0x1234_5679, 0), saved(1, 0, 0, 0x30), saved(0xd, 1, 0, 0)];
+        assert_eq!(lacking(&all, &here), ["0x7.0 EBX 0x1", "0x1.0 ECX 0x20", "0xd.1 EAX 0x5"]);
     }
 
     #[test]

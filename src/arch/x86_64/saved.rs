@@ -21,6 +21,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::cpuid::lacking;
 use crate::config::IrqChip;
 use crate::error::{Refusal, refuse};
 use crate::host::sys::state::{ask, reads, size_of_request, writes};
@@ -196,6 +197,13 @@ pub fn load_cpu(kvm: &Kvm, fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
         })?;
     }
     if !cpuid.is_empty() {
+        // What it was told when it was built is what this host has.
+        let here = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(io::Error::from).context("KVM_GET_CPUID2")?;
+        let lacking = lacking(cpuid, here.as_slice());
+        if !lacking.is_empty() {
+            let why = format!("this host's CPUs lack what the guest was told of, in CPUID: {}", lacking.join(", "));
+            return Err(refuse(why).hint("go on where its snapshot was written, or on a CPU with more").into());
+        }
         let entry = |[function, index, flags, eax, ebx, ecx, edx]: &[u32; 7]| kvm_cpuid_entry2 {
             function: *function,
             index: *index,
