@@ -188,7 +188,7 @@ enum Verb {
     },
     /// Write a machine to a folder, from which `bantam restore` has it go on; the machine goes on too
     #[command(
-        after_help = "It stands still meanwhile; how long is printed.\nExample: bantam snapshot web /var/tmp/web.snapshot"
+        after_help = "It stands still for a moment; how long is printed.\nExample: bantam snapshot web /var/tmp/web.snapshot"
     )]
     Snapshot {
         /// The machine's name, as `bantam ps` shows it

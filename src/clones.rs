@@ -23,6 +23,7 @@ pub fn run(configs: &[Config], run: impl Fn(&Config) -> u8) -> Result<u8> {
     // Found once, and before there are any.
     kvm()?;
     let signals = sys::control_signals(Some(process::ENDED)).context("taking over the process's signals")?;
+    process::hear_of_ends();
     let mut all = Vec::with_capacity(configs.len());
     for config in configs {
         let started = process::fork(|| run(config)).with_context(|| format!("process {} of them", all.len() + 1));
@@ -39,7 +40,13 @@ pub fn run(configs: &[Config], run: impl Fn(&Config) -> u8) -> Result<u8> {
         let _ = rustix::event::poll(&mut poll, None);
         while let Some(signal) = sys::next_signal(&signals) {
             if signal != process::ENDED {
-                all.iter().filter(|(_, status)| status.is_none()).for_each(|(process, _)| process.signal(signal));
+                let live = || all.iter().filter(|(_, status)| status.is_none());
+                live().for_each(|(process, _)| process.signal(signal));
+                match signal {
+                    sys::SIGTSTP => sys::stop_self(),
+                    // Who was stopped hears of nothing else.
+                    _ => live().for_each(|(process, _)| process.signal(sys::SIGCONT)),
+                }
             }
         }
         for (process, status) in all.iter_mut().filter(|(_, status)| status.is_none()) {

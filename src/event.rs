@@ -128,6 +128,11 @@ impl<T: Send + 'static> Worker<T> {
         sys::kick(self.handle.as_pthread_t())
     }
 
+    /// Whether [`Worker::join`] would not wait.
+    pub fn has_ended(&self) -> bool {
+        self.handle.is_finished()
+    }
+
     /// Waits for the thread and takes back what it owned.
     ///
     /// # Errors

@@ -50,7 +50,9 @@ fn carry_out() -> Result<u8> {
         Command::Snapshot(name, folder) => top::snapshot(&name, &folder),
         Command::Restore(folder, manifest, how, config) => {
             machine::hold_signal(&config)?;
-            end(machine::restore(&config, &Snapshot::of(&folder, *manifest, &config, how)?)?, &config)
+            let snapshot = Snapshot::of(&folder, *manifest, how)?;
+            snapshot.check_disks(&config)?;
+            end(machine::restore(&config, &snapshot)?, &config)
         }
         Command::Clone(cloning) => clone(&cloning),
         Command::Balloon(name, size) => top::balloon(&name, size),
@@ -69,6 +71,13 @@ fn clone(cloning: &Cloning) -> Result<u8> {
     if folder.is_dir() {
         return clone_from(folder, cloning, || Ok(()));
     }
+    if cloning.of.contains('/') {
+        return Err(refuse(format!("{}: there is no such folder, and no machine has such a name", cloning.of)).into());
+    }
+    // Whoever ends this meanwhile leaves nothing in it.
+    [host::sys::SIGINT, host::sys::SIGTERM, host::sys::SIGHUP, host::sys::SIGQUIT]
+        .into_iter()
+        .try_for_each(host::sys::hold)?;
     let place = tempfile::Builder::new().prefix("bantam-clone-").tempdir().context("a folder for what is cloned")?;
     let folder = place.path().join("snapshot");
     top::hand_over(&cloning.of, &folder)?;
@@ -80,7 +89,8 @@ fn clone_from(folder: &Path, cloning: &Cloning, opened: impl FnOnce() -> Result<
     let manifest = Manifest::open(folder)?;
     let configs = cloning.configs(&manifest)?;
     configs.iter().try_for_each(machine::hold_signal)?;
-    let snapshot = Snapshot::of(folder, manifest, configs.first().context("no clone")?, cloning.how)?;
+    let snapshot = Snapshot::of(folder, manifest, cloning.how)?;
+    configs.iter().try_for_each(|config| snapshot.check_disks(config))?;
     opened()?;
     clones::run(&configs, |config| {
         let kept = snapshot.keep();

@@ -81,6 +81,7 @@ fn a_machine_that_runs_is_cloned_and_none_the_worse_for_it() {
     started.wait().expect(143);
     goes_on("0", &text(&out));
     place.clone(Path::new("one"), "").run().refused(125).said("no machine is called one");
+    place.clone(Path::new("./one"), "").run().refused(125).said("./one: there is no such folder");
     place.clone(Path::new("one"), "--count 0").run().refused(2).said("--count");
 }
 
@@ -124,6 +125,57 @@ fn what_a_guest_writes_after_the_moment_is_not_in_the_snapshot() {
     }
     eprintln!("{whole} between two rounds, {cut} in one");
     grows(&place.path("out"), size(&place.path("out")));
+    place.tell("stop one");
+    started.wait().expect(143);
+}
+
+/// What an overlay holds is nobody else's.
+#[test]
+fn a_machine_that_writes_to_an_overlay_has_no_snapshots() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    std::fs::write(place.path("disk"), vec![1; 1 << 16]).unwrap();
+    for own in ["overlay", "copy"] {
+        let disk = format!("--disk {},{own} --irqchip kernel", place.path("disk").display());
+        let started = place.counter(&guest, &disk);
+        let told = place.run("snapshot one").arg(place.path("snapshot")).run();
+        told.refused(125).said("what the machine has written there ends with it");
+        assert!(!place.path("snapshot").exists() && !place.path("snapshot.partial").exists());
+        grows(&place.path("out"), size(&place.path("out")));
+        place.tell("stop one");
+        started.wait().expect(143);
+        std::fs::remove_file(place.path("out")).unwrap();
+    }
+}
+
+/// Whoever asks for what, and when: each gets one answer, and the machine goes on.
+#[test]
+fn p34_those_who_pause_and_those_who_keep_a_machine_do_not_meet() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let started = place.counter(&guest, "");
+    for number in 0..if common::host_is_emulated() { 4 } else { 20 } {
+        let folder = place.path(&number.to_string());
+        let keeps = place.run("snapshot one").arg(&folder).start();
+        std::thread::sleep(std::time::Duration::from_micros(number * 300));
+        let pauses = place.run("pause one").start();
+        let again = place.run("snapshot one").arg(place.path("again")).run();
+        let first = keeps.wait();
+        // Of two that meet one is refused.
+        let late = |told: &common::Outcome| told.status == 125 && told.stderr.contains("is being written");
+        assert!(first.status == 0 && (again.status == 0 || late(&again)) || late(&first) && again.status == 0);
+        let folder = if first.status == 0 { folder } else { place.path("again") };
+        pauses.wait().expect(0);
+        let before = size(&place.path("out"));
+        place.tell("resume one");
+        grows(&place.path("out"), before);
+        place.clone(&folder, "--serial none --max-exits 50").run().expect(124);
+        let _ = std::fs::remove_dir_all(place.path("again"));
+    }
     place.tell("stop one");
     started.wait().expect(143);
 }

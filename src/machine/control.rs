@@ -174,10 +174,9 @@ impl Control {
 
     /// The machine has ended, whatever else was wanted of it.
     pub fn has_ended(&mut self) {
-        let ended = Err("the machine has ended".into());
-        self.answer(&ended);
-        if self.writing.take().is_some() {
-            let _ = self.server.as_mut().map(|server| server.deliver(&ended, None));
+        self.answer(&Err("the machine has ended".into()));
+        if let Some(answer) = self.writing.take().map(Writing::end) {
+            let _ = self.server.as_mut().map(|server| server.deliver(&answer, None));
         }
     }
 

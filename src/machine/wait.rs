@@ -160,7 +160,7 @@ impl Machine<Running> {
             return Some(Served::End(End::Signal(sys::SIGTERM)));
         }
         let stops = match (wish.state, wish.snapshot) {
-            (Some(State::Paused), _) => Served::Pause,
+            (Some(State::Paused), since) => Served::Pause(since),
             (_, Some(since)) => Served::Snapshot(since),
             _ => return wish.count.then_some(Served::Count),
         };
@@ -223,8 +223,11 @@ impl Machine<Paused> {
             }
             Served::Continued => {}
             Served::Count => life.telling.start(),
-            Served::Pause => {
+            Served::Pause(since) => {
                 streams.control.is(State::Paused);
+                if let Some(since) = since {
+                    self.snapshot(since, streams);
+                }
                 return self.stand(readiness, life, streams);
             }
             Served::Snapshot(since) => self.snapshot(since, streams),
@@ -312,8 +315,8 @@ enum Served {
     /// Statistics were asked for: the CPUs stop, and go on with someone who counts. So none of them looks for such a
     /// wish between two exits.
     Count,
-    /// Somebody wants the machine to stand still.
-    Pause,
+    /// Somebody wants the machine to stand still; and it was to stop for a snapshot since then.
+    Pause(Option<Instant>),
     /// A snapshot is to be written.
     Snapshot(Instant),
     /// The process was stopped for a while: the CPUs stop once more, and are told.
@@ -373,7 +376,7 @@ impl Looks {
         match served {
             Served::End(End::AllHalted) => self.pause = LONGEST_LOOK.min(self.pause * 4),
             // Nobody stalls who stands still.
-            Served::Pause => *self = Self::new(config),
+            Served::Pause(_) => *self = Self::new(config),
             _ => {}
         }
     }

@@ -17,6 +17,10 @@ use crate::host::output::Bell;
 use crate::memory::Memory;
 use crate::snapshot::{Moment, Taken, Target, Watched, Written};
 
+/// How long a machine that has ended waits for who writes, and how often it looks.
+const PATIENCE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(1);
+
 /// What the two threads share.
 #[derive(Default)]
 struct Shared {
@@ -164,10 +168,26 @@ impl Writing {
         }))
     }
 
+    /// Nobody waits for it any more, unless it is complete: that gives what became of it.
+    pub fn end(mut self) -> Answer {
+        self.goes_on();
+        self.stop();
+        let complete = self.outcome().filter(Result::is_ok);
+        complete.unwrap_or_else(|| Err("the machine has ended".into()))
+    }
+
     fn stop(&mut self) {
         self.shared.cancelled.store(true, Ordering::Relaxed);
         self.now.ring();
-        let _ = self.worker.take().map(Worker::join);
+        let Some(worker) = self.worker.take() else { return };
+        let end = Instant::now() + PATIENCE;
+        while !worker.has_ended() && Instant::now() < end {
+            std::thread::sleep(LOOK);
+        }
+        // One that waits for a disk that does not answer is left to it; it comes to nothing.
+        if worker.has_ended() {
+            let _ = worker.join();
+        }
     }
 }
 

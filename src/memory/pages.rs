@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 
 /// How many pages are asked for at once.
 const AT_ONCE: usize = 8192;
@@ -20,9 +21,16 @@ const PRESENT: u64 = 1 << 63;
 pub fn data(file: &File, start: u64, size: u64) -> Vec<(u64, u64)> {
     let (mut parts, mut at) = (Vec::new(), start);
     let end = start.saturating_add(size);
-    while let Ok(data) = seek(file, SeekFrom::Data(at))
-        && data < end
-    {
+    loop {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < end => data,
+            // Who does not know of holes has none.
+            Err(e) if e != Errno::NXIO => {
+                parts.push((at - start, end - at));
+                break;
+            }
+            _ => break,
+        };
         at = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
         if at <= data {
             break;

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::sum;
 use crate::control;
@@ -22,7 +22,8 @@ const MOMENT: Duration = Duration::from_millis(100);
 /// A file, as it is now.
 pub struct Known {
     line: String,
-    changed: SystemTime,
+    /// It has not changed for a while.
+    rests: bool,
 }
 
 /// Nobody else may have written it.
@@ -51,7 +52,7 @@ impl Known {
                 told.ctime(),
                 told.ctime_nsec()
             ),
-            changed: UNIX_EPOCH.checked_add(changed).unwrap_or(UNIX_EPOCH),
+            rests: UNIX_EPOCH.checked_add(changed).is_some_and(|at| at.elapsed().is_ok_and(|since| since > MOMENT)),
         })
     }
 
@@ -62,7 +63,7 @@ impl Known {
 
     /// Remembers that it is as it was written.
     pub fn remember(&self) {
-        if self.changed.elapsed().is_ok_and(|since| since > MOMENT)
+        if self.rests
             && let Some(list) = list()
         {
             let mut all = lines();

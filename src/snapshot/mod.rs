@@ -205,6 +205,13 @@ impl Manifest {
             return Err(broken(&path, &why).into());
         }
         let manifest: Self = parse(&path, &bytes)?;
+        // Whoever made it shall not choose what else its user's machine reads and writes.
+        let disks = manifest.config.disk.iter().map(|words| PathBuf::from(words.split().0));
+        if manifest.config != manifest.config.of_a_snapshot()
+            || !disks.eq(manifest.disks.iter().map(|disk| disk.path.clone()))
+        {
+            return Err(broken(&path, "it says more of the machine than a snapshot keeps, or other disks").into());
+        }
         if manifest.architecture != arch::NAME {
             let why = format!("a machine of {}; this host is {}", manifest.architecture, arch::NAME);
             return Err(broken(&path, &why).into());
@@ -227,22 +234,31 @@ impl std::fmt::Display for Manifest {
 }
 
 impl Snapshot {
-    /// Opens a snapshot, and checks that it is as it was written.
+    /// Opens a snapshot, and checks that it is as it was written. From now on this process gets SIGIO where somebody is about to
+    /// change its file; it is blocked, for who runs a machine to find.
     ///
     /// # Errors
     /// It is not complete, or not as it was written; the file that is not is named.
     pub fn open(folder: &Path, how: How) -> Result<Self> {
-        let manifest = Manifest::open(folder)?;
-        let config = manifest.config.clone();
-        Self::of(folder, manifest, &config, how)
+        let snapshot = Self::of(folder, Manifest::open(folder)?, how)?;
+        snapshot.check_disks(&snapshot.manifest.config)?;
+        Ok(snapshot)
     }
 
-    /// As [`Snapshot::open`], with the manifest that was read from there, for machines that are connected as `config` says.
+    /// A machine that is connected as `config` says has disks as they were.
+    ///
+    /// # Errors
+    /// One has been written to since, or is of another size.
+    pub fn check_disks(&self, config: &Config) -> Result<()> {
+        let disks = self.manifest.disks.iter().zip(Disk::all(config)?);
+        Ok(disks.into_iter().try_for_each(|(disk, now)| disk.check(&now))?)
+    }
+
+    /// As [`Snapshot::open`], with the manifest that was read from there, but for its disks.
     ///
     /// # Errors
     /// The same.
-    pub fn of(folder: &Path, manifest: Manifest, config: &Config, how: How) -> Result<Self> {
-        manifest.disks.iter().zip(Disk::all(config)?).try_for_each(|(disk, now)| disk.check(&now))?;
+    pub fn of(folder: &Path, manifest: Manifest, how: How) -> Result<Self> {
         let path = folder.join(STATE);
         let bytes = take(&path)?;
         if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != manifest.state {

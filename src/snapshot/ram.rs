@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::write::{Target, make};
+use super::write::{Target, check, make};
 use super::{Verify, broken, checked, sum};
 use crate::error::Refusal;
 use crate::host::sys;
@@ -190,9 +190,7 @@ impl Moment {
         self.parts.dedup();
         let mut done = vec![false; self.parts.len()];
         for number in 0..self.parts.len() {
-            if cancelled.load(Ordering::Relaxed) {
-                bail!("the machine has ended");
-            }
+            check(cancelled)?;
             // Who waits comes first.
             while let Some((frozen, waiting)) = self.frozen.as_ref().and_then(|f| Some((f, f.waiting()?))) {
                 let (Waiting::ToWrite(addr) | Waiting::ToBegin(addr)) = waiting;
@@ -212,6 +210,7 @@ impl Moment {
         drop(self.frozen);
         let Pouring { file, sums, .. } = pouring;
         file.set_len(self.bytes).with_context(|| format!("writing {}", path.display()))?;
+        check(cancelled)?;
         target.sync(&file, path)?;
         Ok(Ram { bytes: self.bytes, blocks: sums.into_iter().collect() })
     }

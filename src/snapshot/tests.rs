@@ -202,6 +202,9 @@ fn hostile_manifests_are_refused() {
     refused(&|m| m["architecture"] = "vax".into(), "a machine of vax; this host is");
     refused(&|m| m["more"] = 1.into(), "unknown field `more`");
     refused(&|m| m["config"]["memory"] = "much".into(), "");
+    refused(&|m| m["config"]["serial"] = "file:/tmp/x".into(), "more of the machine than a snapshot keeps");
+    refused(&|m| m["config"]["core"] = "/tmp/x".into(), "more of the machine than a snapshot keeps");
+    refused(&|m| m["config"]["disk"] = serde_json::json!(["/dev/null"]), "or other disks");
     refused(&|m| m["memory"]["bytes"] = 5.into(), "was written with 5");
     refused(&|m| m["memory"]["blocks"][0][0] = u64::MAX.into(), "not in their order");
     refused(&|m| m["memory"]["blocks"][5][0] = (1u64 << 40).into(), "or beyond its end");

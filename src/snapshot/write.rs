@@ -6,13 +6,13 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::ram::Moment;
-use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, Manifest, STATE, State, Sum, is_partial, sum};
+use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, is_partial, sum};
 use crate::arch;
 use crate::config::Config;
 use crate::error::refuse;
@@ -40,6 +40,12 @@ impl Target {
 pub struct Written {
     /// Bytes of RAM that are not zeroes, in whole blocks.
     pub memory: u64,
+}
+
+/// Nobody waits for it any more.
+pub(super) fn check(cancelled: &AtomicBool) -> Result<()> {
+    anyhow::ensure!(!cancelled.load(Ordering::Relaxed), "the machine has ended");
+    Ok(())
 }
 
 pub(super) fn make(path: &Path) -> Result<File> {
@@ -72,8 +78,17 @@ impl Taken {
     /// Takes it of a machine that stands still.
     ///
     /// # Errors
-    /// A disk of it is gone.
+    /// A disk of it is gone, or is not there for others.
     pub fn new(guest: &str, config: Config, state: State) -> Result<Self> {
+        for words in &config.disk {
+            let mut taken = words.take("--disk");
+            if taken.flag("overlay")? || taken.flag("copy")? {
+                let why = format!(
+                    "--disk {words}: what the machine has written there ends with it, and no snapshot keeps it"
+                );
+                return Err(refuse(why).into());
+            }
+        }
         let disks = Disk::all(&config)?;
         Ok(Self { guest: guest.into(), config, disks, state })
     }
@@ -95,6 +110,7 @@ impl Taken {
         let folder = partial(path);
         let _own = begin(&folder)?;
         let written = self.fill(ram, &folder, (target, cancelled)).and_then(|written| {
+            check(cancelled)?;
             // Not over one that has come in the meantime.
             renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
                 .with_context(|| format!("giving {} its name", path.display()))?;
@@ -111,6 +127,7 @@ impl Taken {
     fn fill(self, ram: Moment, folder: &Path, (target, cancelled): (&Target, &AtomicBool)) -> Result<Written> {
         let Self { guest, config, disks, state } = self;
         let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
+        check(cancelled)?;
         let state = serde_json::to_vec(&state)?;
         put(&folder.join(STATE), &state, target)?;
         let manifest = Manifest {
@@ -124,7 +141,8 @@ impl Taken {
             memory,
         };
         let written = Written { memory: manifest.memory.kept() };
-        let manifest = serde_json::to_vec_pretty(&manifest)?;
+        let manifest = serde_json::to_vec(&manifest)?;
+        anyhow::ensure!(manifest.len() as u64 <= MOST, "the machine has more RAM than a snapshot can describe");
         put(&folder.join(MANIFEST), &manifest, target)?;
         put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes(), target)?;
         target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)?;

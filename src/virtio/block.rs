@@ -395,6 +395,9 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Saved {
+        if let Err(e) = self.engine.settle() {
+            say(&format!("bantam: warning: --disk {}: what was written is not all in its file: {e}", self.name));
+        }
         wrap(VERSION, &Stateless {})
     }
 

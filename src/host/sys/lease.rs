@@ -14,6 +14,8 @@ pub const LOST: i32 = libc::SIGIO;
 /// # Errors
 /// Somebody has the file open to write to it (`WouldBlock`), it is another user's, or the file system has no leases.
 pub fn take(file: &File) -> io::Result<()> {
+    // It waits for whoever listens, from [`super::control_signals`] on.
+    super::hold(LOST)?;
     // SAFETY: a plain call on a descriptor that is open.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) } {
         0 => Ok(()),

@@ -166,6 +166,10 @@ pub const SIGUSR1: i32 = libc::SIGUSR1;
 pub const SIGINT: i32 = libc::SIGINT;
 /// The signal that asks to end.
 pub const SIGTERM: i32 = libc::SIGTERM;
+/// The terminal is gone.
+pub const SIGHUP: i32 = libc::SIGHUP;
+/// What ctrl-\ sends.
+pub const SIGQUIT: i32 = libc::SIGQUIT;
 
 fn set_of(signals: &[i32]) -> libc::sigset_t {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();

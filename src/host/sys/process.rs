@@ -4,9 +4,20 @@
 //! not; and they end when it does.
 
 use std::io;
+use std::time::Duration;
 
 /// The signal that tells that one has ended.
 pub const ENDED: i32 = libc::SIGCHLD;
+
+/// How often, and how long apart, it is looked for threads.
+const LOOKS: u32 = 100;
+const LOOK: Duration = Duration::from_millis(1);
+
+/// Has the host keep each that ends until it was asked for its status, whatever whoever started this process wanted.
+pub fn hear_of_ends() {
+    // SAFETY: SIG_DFL is a valid disposition.
+    unsafe { libc::signal(ENDED, libc::SIG_DFL) };
+}
 
 /// One of them.
 pub struct Process(libc::pid_t);
@@ -17,7 +28,15 @@ pub struct Process(libc::pid_t);
 /// # Errors
 /// The host has no more, or this process has more than one thread.
 pub fn fork(work: impl FnOnce() -> u8) -> io::Result<Process> {
-    if std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() > 1) {
+    let alone = || std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1);
+    // One that has been waited for may be there for a moment.
+    let looks = (0..LOOKS).any(|_| {
+        alone() || {
+            std::thread::sleep(LOOK);
+            false
+        }
+    });
+    if !looks {
         return Err(io::Error::other("there is more than one thread"));
     }
     let parent = std::process::id();
@@ -57,8 +76,11 @@ impl Process {
     pub fn status(&self) -> Option<u8> {
         let mut status = 0;
         // SAFETY: the call only writes to `status`.
-        if unsafe { libc::waitpid(self.0, &raw mut status, libc::WNOHANG) } != self.0 {
-            return None;
+        match unsafe { libc::waitpid(self.0, &raw mut status, libc::WNOHANG) } {
+            0 => return None,
+            process if process == self.0 => {}
+            // Somebody else has waited for it.
+            _ => return Some(crate::error::status::HOST),
         }
         let (status, signal) = (libc::WEXITSTATUS(status), libc::WIFSIGNALED(status).then(|| libc::WTERMSIG(status)));
         Some(u8::try_from(signal.map_or(status, |signal| 128 + signal)).unwrap_or(u8::MAX))

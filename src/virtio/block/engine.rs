@@ -37,6 +37,14 @@ pub trait Engine: Send {
     /// Becomes readable when a job is done.
     fn bell(&self) -> BorrowedFd<'_>;
 
+    /// Puts what was done into the file, where others can read it; nothing is under way.
+    ///
+    /// # Errors
+    /// The host's.
+    fn settle(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Silences the bell, for those who wait until it is readable; who is told once when it becomes so need not.
     fn hush(&self) {}
 }
@@ -70,6 +78,14 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// The host's.
     fn perform(&self, job: &mut Job) -> io::Result<u32>;
+
+    /// As [`Engine::settle`].
+    ///
+    /// # Errors
+    /// The same.
+    fn settle(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl Image for File {
@@ -177,6 +193,10 @@ impl Engine for Pool {
 
     fn bell(&self) -> BorrowedFd<'_> {
         fd_of(&self.shared.bell)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.shared.image.settle()
     }
 
     fn hush(&self) {

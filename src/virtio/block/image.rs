@@ -160,4 +160,9 @@ impl Image for Packed {
             Work::Zero { .. } => self.image.write_zeroes(job.offset, job.size).map(|()| 0),
         }
     }
+
+    /// imago keeps its tables to itself until then.
+    fn settle(&self) -> io::Result<()> {
+        self.image.flush()
+    }
 }

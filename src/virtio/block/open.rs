@@ -133,7 +133,7 @@ impl Options {
         let read_only = self.read_only;
         let mut medium = Medium { capacity, read_only, block: SECTOR as u32, serial: id };
         let file = match self.own {
-            Some(Own::Copy) => copy(&file, &self.path).map_err(|e| say(format!("cannot copy it: {e}")))?,
+            Some(Own::Copy) => copy(&file, capacity, &self.path).map_err(|e| say(format!("cannot copy it: {e}")))?,
             _ => file,
         };
         if self.format == Some(Format::Qcow2) {
@@ -205,14 +205,14 @@ pub fn open(path: &Path, read_only: bool) -> Result<File> {
 
 /// A copy of a file that has no name, so that it ends with this process. A file system that can has both share what they
 /// have in common.
-fn copy(file: &File, path: &Path) -> std::io::Result<File> {
+fn copy(file: &File, size: u64, path: &Path) -> std::io::Result<File> {
     let beside = path.parent().and_then(|folder| tempfile::tempfile_in(folder).ok());
     if let Some(beside) = beside
         && rustix::fs::ioctl_ficlone(&beside, file).is_ok()
     {
         return Ok(beside);
     }
-    let (copy, size) = (tempfile::tempfile()?, file.metadata()?.len());
+    let copy = tempfile::tempfile()?;
     copy.set_len(size)?;
     let mut bytes = vec![0; 1 << 20];
     for (start, long) in data(file, 0, size) {
