@@ -17,6 +17,22 @@ use crate::host::sys::userfault::{Fault, Guarded};
 pub struct Frozen {
     memory: Memory,
     guarded: Guarded,
+    // Dropped after what guards it.
+    _thaw: Thaw,
+}
+
+/// What is done once nothing is guarded any more.
+struct Thaw(Memory);
+
+impl Drop for Thaw {
+    fn drop(&mut self) {
+        self.0.all.frozen.store(false, Ordering::SeqCst);
+        // To guard a page of a huge page has made many of it.
+        let huge = std::mem::take(&mut *self.0.huge());
+        for span in huge {
+            self.0.prefer_huge(span);
+        }
+    }
 }
 
 /// Somebody waits, at an address of the guest's.
@@ -40,7 +56,7 @@ impl Memory {
         let guarded = Guarded::new()?;
         // What is given back to the host would be gone before it is kept.
         self.all.frozen.store(true, Ordering::SeqCst);
-        let frozen = Frozen { memory: self.clone(), guarded };
+        let frozen = Frozen { memory: self.clone(), guarded, _thaw: Thaw(self.clone()) };
         for (span, mapping) in self.all.spans.iter().zip(&self.all.mappings) {
             frozen.guarded.register(mapping.start().addr(), span.size as usize)?;
         }
@@ -131,18 +147,35 @@ impl AsFd for Frozen {
     }
 }
 
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        self.memory.all.frozen.store(false, Ordering::SeqCst);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
 
     use super::*;
+
+    #[test]
+    fn huge_pages_are_huge_again_afterwards() {
+        let whole = Span { start: 0, size: 16 << 20 };
+        let memory = Memory::new(&[whole], false).unwrap();
+        let at = format!("{:x}-", memory.slots()[0].host);
+        // KiB that the host's page tables map by huge pages.
+        let mapped = || {
+            let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+            let mapping = maps.split_once(&at).map_or("", |(_, rest)| rest);
+            let line = mapping.lines().find(|line| line.starts_with("ShmemPmdMapped:")).unwrap_or_default();
+            line.split_whitespace().nth(1).map_or(0, |count| count.parse::<u64>().unwrap())
+        };
+        if memory.prefer_huge(whole) == 0 || mapped() == 0 {
+            return crate::host::skipped("this host makes no huge pages here");
+        }
+        let before = mapped();
+        match memory.freeze() {
+            Ok(frozen) => frozen.guard([Span { size: 8 << 20, ..whole }].into_iter()).unwrap(),
+            Err(e) => return crate::host::skipped(&format!("no userfaultfd here: {e}")),
+        }
+        assert_eq!(mapped(), before);
+    }
 
     #[test]
     fn who_writes_to_what_is_frozen_waits_until_it_is_let_go() {

@@ -11,8 +11,8 @@ pub mod shown;
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -90,6 +90,8 @@ struct All {
     private: bool,
     /// Somebody keeps what is there: nothing is given back.
     frozen: AtomicBool,
+    /// Where huge pages were wanted.
+    huge: Mutex<Vec<Span>>,
 }
 
 /// A part of a file, and where the guest sees it.
@@ -133,7 +135,17 @@ impl Memory {
         let span = |region: &GuestRegionMmap<()>| Span { start: region.start_addr().0, size: region.len() };
         let spans = regions.iter().map(span).collect();
         let ram = Ram::from_regions(regions).context("arranging guest RAM")?;
-        Ok(Self { all: Arc::new(All { ram, spans, mappings, hugepages, private, frozen: AtomicBool::new(false) }) })
+        Ok(Self {
+            all: Arc::new(All {
+                ram,
+                spans,
+                mappings,
+                hugepages,
+                private,
+                frozen: AtomicBool::new(false),
+                huge: Mutex::default(),
+            }),
+        })
     }
 
     /// It begins as a file that is not to change while the machine lives.
@@ -198,6 +210,7 @@ impl Memory {
     /// are given as zeroes now, to their ends; so this is for what the guest will use anyway. Says how many bytes of huge
     /// pages there are now.
     pub fn prefer_huge(&self, span: Span) -> u64 {
+        self.huge().push(span);
         let regions = self.all.ram.iter().zip(&self.all.mappings);
         let of_one = |(region, mapping): (&GuestRegionMmap<()>, &Mapping)| {
             let first = region.start_addr().0;
@@ -216,6 +229,10 @@ impl Memory {
             Some(part.size)
         };
         regions.filter_map(of_one).sum()
+    }
+
+    fn huge(&self) -> MutexGuard<'_, Vec<Span>> {
+        self.all.huge.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads two bytes at `addr`, an even address, at once; what was written before them by who wrote them is there too.
