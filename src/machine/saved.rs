@@ -35,6 +35,11 @@ impl Machine<Paused> {
         self.state.vcpus.iter().map(Vcpu::fd).collect()
     }
 
+    /// Its CPUs in the order of their numbers, for whoever runs them by itself.
+    pub fn vcpus(&mut self) -> &mut [Vcpu] {
+        &mut self.state.vcpus
+    }
+
     /// Builds the machine of a snapshot, as it was when that was written. `config` says what it has another of, as its name.
     ///
     /// # Errors

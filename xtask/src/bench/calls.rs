@@ -21,7 +21,7 @@ const GIC: &str = "a guest with one CPU may want interrupts; first the version, 
 const REAL_MODE: &str = "VT-x without unrestricted guest runs real mode in pages put here (api.rst 4.35, 4.90)";
 
 /// Every ioctl that Bantam or the floor may make. The bench calls an additional one without a reason UNJUSTIFIED.
-const KNOWN: [Known; 55] = [
+const KNOWN: [Known; 61] = [
     (0x00, "KVM_GET_API_VERSION", "any version but 12 is refused, and the reason said (P-03)"),
     (0x01, "KVM_CREATE_VM", ""),
     (0x02, "KVM_GET_MSR_INDEX_LIST", ""),
@@ -67,7 +67,13 @@ const KNOWN: [Known; 55] = [
     (0x9b, "KVM_SET_GUEST_DEBUG", ""),
     (0x9f, "KVM_GET_VCPU_EVENTS", ""),
     (0xa0, "KVM_SET_VCPU_EVENTS", ""),
-    (0xa3, "KVM_ENABLE_CAP", NISV),
+    (0xa1, "KVM_GET_DEBUGREGS", ""),
+    (0xa2, "KVM_SET_DEBUGREGS", ""),
+    (0xa3, "KVM_ENABLE_CAP or KVM_GET_TSC_KHZ", NISV),
+    (0xa4, "KVM_GET_XSAVE", ""),
+    (0xa5, "KVM_SET_XSAVE", ""),
+    (0xa6, "KVM_GET_XCRS", ""),
+    (0xa7, "KVM_SET_XCRS", ""),
     (0xab, "KVM_GET_ONE_REG", ""),
     (0xac, "KVM_SET_ONE_REG", STACK),
     (0xad, "KVM_KVMCLOCK_CTRL", ""),
@@ -156,14 +162,30 @@ pub fn read(log: &Path) -> Result<Calls> {
     Ok(calls)
 }
 
+fn known(number: u8) -> Option<&'static Known> {
+    KNOWN.iter().find(|(known, ..)| *known == number)
+}
+
+fn name(number: u8) -> String {
+    known(number).map_or_else(|| format!("ioctl 0xae{number:02x}"), |(_, name, _)| (*name).to_string())
+}
+
+/// KVM ioctls by kind, in a line.
+pub fn kinds(kvm: &BTreeMap<u8, u64>) -> String {
+    let one = |(number, count): (&u8, &u64)| match count {
+        1 => name(*number),
+        _ => format!("{} × {count}", name(*number)),
+    };
+    kvm.iter().filter(|(_, count)| **count > 0).map(one).collect::<Vec<_>>().join(", ").replace("KVM_", "")
+}
+
 /// The table of a run's KVM ioctls beside the floor's, and how many have no justification.
 pub fn table(ours: &Calls, floor: &Calls) -> (String, u64) {
     let mut text = "| KVM ioctl | Bantam | floor | why more than the floor |\n|---|---|---|---|\n".to_string();
     let mut unjustified = 0;
     for (number, count) in &ours.kvm {
         let least = floor.kvm.get(number).copied().unwrap_or(0);
-        let known = KNOWN.iter().find(|(known, ..)| known == number);
-        let name = known.map_or_else(|| format!("ioctl 0xae{number:02x}"), |(_, name, _)| (*name).to_string());
+        let (known, name) = (known(*number), name(*number));
         let reason = match known {
             _ if *count <= least => String::new(),
             Some((.., reason)) if !reason.is_empty() => (*reason).into(),

@@ -31,15 +31,15 @@ pub fn own(place: &Place, side: Side) -> Result<Own> {
     Ok(read(&maps?))
 }
 
-/// Adds up `Private_Clean` and `Private_Dirty` of every mapping but guest RAM (`memfd:guest-ram`).
-fn read(maps: &str) -> Own {
+/// Adds up `Private_Clean` and `Private_Dirty` of every mapping but guest RAM, which is a memory file or a snapshot's.
+pub fn read(maps: &str) -> Own {
     let (mut own, mut name) = (Own::default(), String::new());
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         let first = words.next().unwrap_or("");
         if first.contains('-') {
             name = words.nth(4).unwrap_or("anonymous").rsplit('/').next().unwrap_or("").to_string();
-        } else if first.starts_with("Private_") && first != "Private_Hugetlb:" && !name.contains("memfd:guest-ram") {
+        } else if first.starts_with("Private_") && first != "Private_Hugetlb:" && !is_ram(&name) {
             let size = words.next().and_then(|size| size.parse().ok()).unwrap_or(0);
             own.total += size;
             match own.parts.iter_mut().find(|(known, _)| *known == name) {
@@ -52,6 +52,10 @@ fn read(maps: &str) -> Own {
     own.parts.sort_by_key(|(_, size)| std::cmp::Reverse(*size));
     own.parts.truncate(5);
     own
+}
+
+fn is_ram(mapping: &str) -> bool {
+    mapping.contains("memfd:guest-ram") || mapping == "memory.bin"
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 mod boot;
 mod calls;
+mod clone;
 mod host;
 mod io;
 mod memory;
@@ -58,6 +59,8 @@ enum What {
     /// Virtio devices by themselves, with a driver in the same process: what they do for a request, and how fast, beside
     /// the floor
     Io(io::Words),
+    /// Clones, restored machines and snapshots of machines that run: KVM ioctls, own memory, times beside the floor
+    Clone(clone::Words),
 }
 
 impl Words {
@@ -202,6 +205,7 @@ pub fn run(words: &Words) -> Result<ExitCode> {
     match &words.what {
         Some(What::Boot(words)) => return boot::run(words),
         Some(What::Io(words)) => return io::run(words),
+        Some(What::Clone(words)) => return clone::run(words),
         None => {}
     }
     if let Some(arch) = words.host {
