@@ -29,12 +29,8 @@ pub struct Live(pub Child);
 impl Live {
     /// Ends it, and waits for that.
     pub fn end(mut self) -> Result<()> {
-        let id = i32::try_from(self.0.id())?;
-        // SAFETY: the process has not been waited for, so the number is still its.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::kill(id, libc::SIGTERM)
-        };
+        // The process has not been waited for, so the number is still its.
+        signal(self.0.id(), libc::SIGTERM);
         self.0.wait().map(drop).context("waiting for machines to end")
     }
 }
@@ -103,7 +99,10 @@ impl Place {
         }
         let out = self.folder.join("kept");
         let mut command = self.program("clone");
-        command.args(["keep", &format!("{of}.snapshot"), &count.to_string()]).stdout(fs::File::create(&out)?);
+        command
+            .args(["keep", &format!("{of}.snapshot"), &count.to_string()])
+            .stdout(fs::File::create(&out)?)
+            .stderr(Stdio::null());
         let parent = command.spawn()?;
         wait_for("clone keep", || fs::metadata(&out).is_ok_and(|out| out.len() >= count as u64))?;
         let children = children(parent.id());
@@ -111,7 +110,7 @@ impl Place {
     }
 }
 
-/// Clones that stand still, and end with the process that made them.
+/// Clones that stand still; one is the process itself.
 pub struct Kept {
     parent: Child,
     children: Vec<u32>,
@@ -120,11 +119,21 @@ pub struct Kept {
 impl Kept {
     /// Ends it, and waits for that.
     pub fn end(mut self) -> Result<()> {
-        self.parent.kill()?;
-        self.parent.wait()?;
-        let gone = |child: &u32| !fs::exists(format!("/proc/{child}")).unwrap_or(false);
-        wait_for("the end of clones", || self.children.iter().all(gone))
+        // A clone that is not served hears no other signal; its parent waits for it.
+        self.children.iter().for_each(|child| signal(*child, libc::SIGKILL));
+        if self.children.is_empty() {
+            self.parent.kill()?;
+        }
+        self.parent.wait().map(drop).context("waiting for clones to end")
     }
+}
+
+fn signal(process: u32, number: i32) {
+    // SAFETY: a plain call; those who call it know the process to be theirs.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::kill(process.cast_signed(), number)
+    };
 }
 
 /// Waits until it is so.
