@@ -19,6 +19,7 @@ use crate::control::State;
 use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::sys::{self, lease};
+use crate::memory::Memory;
 use crate::vcpu::{Idle, Stop};
 
 const SIGNALS: u64 = 10;
@@ -107,7 +108,7 @@ impl Machine<Running> {
             let patience = if ended.is_some() { Some(Duration::ZERO) } else { patience };
             readiness.wait(patience, &mut ready).context("epoll")?;
             if ready.contains(&SIGNALS) {
-                match signal(life, streams) {
+                match signal(life, streams, &self.memory) {
                     Some(Served::End(End::Signal(sys::SIGTERM))) if !self.stops(&life.stopping) => {}
                     Some(served) => return Ok(served),
                     None => {}
@@ -253,7 +254,7 @@ impl Machine<Paused> {
                 .map(|at| at.saturating_duration_since(Instant::now()));
             readiness.wait(patience, &mut ready).context("epoll")?;
             if ready.contains(&SIGNALS)
-                && let Some(Served::End(end)) = signal(life, streams)
+                && let Some(Served::End(end)) = signal(life, streams, &self.memory)
             {
                 return Ok(Some(end));
             }
@@ -401,7 +402,7 @@ fn watching(life: &Life, streams: &mut Streams) -> Result<Readiness> {
 }
 
 /// What a signal asks for, if it is for the machine.
-fn signal(life: &Life, streams: &Streams) -> Option<Served> {
+fn signal(life: &Life, streams: &Streams, memory: &Memory) -> Option<Served> {
     match sys::next_signal(life.signals().ok()?)? {
         sys::SIGTSTP => {
             streams.suspend();
@@ -419,7 +420,7 @@ fn signal(life: &Life, streams: &Streams) -> Option<Served> {
             streams.resized();
             None
         }
-        lease::LOST => Some(Served::End(End::Lost)),
+        lease::LOST if memory.is_of_an_image() => Some(Served::End(End::Lost)),
         number => Some(Served::End(End::Signal(number))),
     }
 }

@@ -3,14 +3,13 @@
 //! Invariant: a file is known by what changes whenever its content does: its device, inode, size and time of change; and by
 //! the sums that it was compared with. A list that cannot be read or written means that all is compared again.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::sum;
+use super::Xxh64;
 use crate::control;
 use crate::host::file;
 
@@ -37,10 +36,9 @@ fn lines() -> Vec<String> {
 }
 
 impl Known {
-    /// How the file is now.
-    pub fn of(file: &File, sums: &BTreeMap<u64, String>) -> io::Result<Self> {
+    /// How the file is now; `sums` are those of a manifest with this sum.
+    pub fn of(file: &File, sums: Xxh64) -> io::Result<Self> {
         let told = file.metadata()?;
-        let sums = sum(format!("{sums:?}").as_bytes());
         let changed =
             Duration::new(u64::try_from(told.ctime()).unwrap_or(0), u32::try_from(told.ctime_nsec()).unwrap_or(0));
         Ok(Self {

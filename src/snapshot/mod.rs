@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use twox_hash::XxHash64;
 
 use self::ram::{Image, Ram};
@@ -54,12 +54,49 @@ pub struct State {
     pub devices: Vec<(String, Saved)>,
 }
 
-/// How many bytes, and their xxHash64 in hexadecimal digits.
+/// A 64-bit xxHash, written as its 16 hexadecimal digits. There is one for each 64 KiB of RAM, so nothing is allocated to
+/// read it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Xxh64(u64);
+
+impl std::fmt::Display for Xxh64 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl Serialize for Xxh64 {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Xxh64 {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Digits;
+        impl Visitor<'_> for Digits {
+            type Value = Xxh64;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("16 hexadecimal digits")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, digits: &str) -> Result<Xxh64, E> {
+                let right = digits.len() == 16 && !digits.starts_with('+');
+                let value = u64::from_str_radix(digits, 16).ok().filter(|_| right);
+                value.map(Xxh64).ok_or_else(|| E::invalid_value(Unexpected::Str(digits), &self))
+            }
+        }
+        from.deserialize_str(Digits)
+    }
+}
+
+/// How many bytes, and their sum.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sum {
     bytes: u64,
-    xxh64: String,
+    xxh64: Xxh64,
 }
 
 /// A disk's file as it was: RAM knows what is on it.
@@ -112,6 +149,9 @@ pub struct Manifest {
     disks: Vec<Disk>,
     state: Sum,
     memory: Ram,
+    /// The manifest's own.
+    #[serde(skip)]
+    own: Xxh64,
 }
 
 /// A snapshot that was opened: its manifest and its state are whole.
@@ -146,8 +186,8 @@ pub struct How {
     pub freeze_clock: bool,
 }
 
-fn sum(bytes: &[u8]) -> String {
-    format!("{:016x}", XxHash64::oneshot(0, bytes))
+fn sum(bytes: &[u8]) -> Xxh64 {
+    Xxh64(XxHash64::oneshot(0, bytes))
 }
 
 fn is_partial(path: &Path) -> bool {
@@ -157,7 +197,8 @@ fn is_partial(path: &Path) -> bool {
 /// Reads a whole file of a snapshot.
 fn take(path: &Path) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(|e| broken(path, &e.to_string()))?;
-    let mut bytes = Vec::new();
+    let size = file.metadata().map_or(0, |file| file.len().min(MOST));
+    let mut bytes = Vec::with_capacity(size as usize + 1);
     let read = file.take(MOST + 1).read_to_end(&mut bytes);
     read.with_context(|| path.display().to_string())?;
     if bytes.len() as u64 > MOST {
@@ -192,7 +233,8 @@ impl Manifest {
             return Err(broken(folder, &format!("no snapshot: there is no {MANIFEST} in it")).into());
         }
         let bytes = take(&path)?;
-        if take(&folder.join(MANIFEST_SUM))? != sum(&bytes).as_bytes() {
+        let own = sum(&bytes);
+        if take(&folder.join(MANIFEST_SUM))? != own.to_string().as_bytes() {
             return Err(changed(&path).into());
         }
         #[derive(Deserialize)]
@@ -204,7 +246,7 @@ impl Manifest {
             let why = format!("it has format {format}; this Bantam knows format {FORMAT}");
             return Err(broken(&path, &why).into());
         }
-        let manifest: Self = parse(&path, &bytes)?;
+        let manifest = Self { own, ..parse(&path, &bytes)? };
         // Whoever made it shall not choose what else its user's machine reads and writes.
         let disks = manifest.config.disk.iter().map(|words| PathBuf::from(words.split().0));
         if manifest.config != manifest.config.of_a_snapshot()
@@ -265,7 +307,7 @@ impl Snapshot {
             return Err(changed(&path).into());
         }
         let state = parse(&path, &bytes)?;
-        let image = Image::open(folder.join(MEMORY), &manifest.memory)?;
+        let image = Image::open(folder.join(MEMORY), &manifest.memory, manifest.own)?;
         // Huge pages are no file's.
         let copy = how.copy || manifest.config.hugepages;
         // Whoever copies it compares every byte then.

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::write::{Target, check, make};
-use super::{Verify, broken, checked, sum};
+use super::{Verify, Xxh64, broken, checked, sum};
 use crate::error::Refusal;
 use crate::host::sys;
 use crate::memory::{Frozen, Memory, Span, Waiting, pages};
@@ -35,7 +35,7 @@ const WORTH: usize = 64;
 pub struct Ram {
     pub bytes: u64,
     /// The number and the sum of each block that is not all zeroes.
-    pub blocks: Vec<(u64, String)>,
+    pub blocks: Vec<(u64, Xxh64)>,
 }
 
 impl Ram {
@@ -220,7 +220,7 @@ impl Moment {
 struct Pouring<'a> {
     path: &'a Path,
     file: File,
-    sums: BTreeMap<u64, String>,
+    sums: BTreeMap<u64, Xxh64>,
     bytes: Vec<u8>,
 }
 
@@ -255,8 +255,10 @@ pub struct Image {
     path: PathBuf,
     file: Arc<File>,
     /// By their numbers.
-    blocks: BTreeMap<u64, String>,
+    blocks: Vec<(u64, Xxh64)>,
     bytes: u64,
+    /// Of the manifest that they are in.
+    told: Xxh64,
 }
 
 impl Image {
@@ -264,18 +266,18 @@ impl Image {
     ///
     /// # Errors
     /// It is not there, or has another size.
-    pub fn open(path: PathBuf, ram: &Ram) -> Result<Self> {
+    pub fn open(path: PathBuf, ram: &Ram, told: Xxh64) -> Result<Self> {
         let file = File::open(&path).map_err(|e| broken(&path, &e.to_string()))?;
         let size = file.metadata().with_context(|| path.display().to_string())?.len();
         if size != ram.bytes || !size.is_multiple_of(BLOCK) {
             return Err(broken(&path, &format!("it has {size} bytes and was written with {}", ram.bytes)).into());
         }
-        let blocks: BTreeMap<_, _> = ram.blocks.iter().cloned().collect();
-        let in_order = ram.blocks.iter().map(|(block, _)| block).eq(blocks.keys());
-        if !in_order || blocks.keys().any(|block| block.checked_mul(BLOCK).is_none_or(|at| at >= size)) {
+        let blocks = ram.blocks.clone();
+        let in_order = blocks.is_sorted_by(|(block, _), (next, _)| block < next);
+        if !in_order || blocks.iter().any(|(block, _)| block.checked_mul(BLOCK).is_none_or(|at| at >= size)) {
             bail!("the blocks of RAM are not in their order, or beyond its end");
         }
-        Ok(Self { path, file: Arc::new(file), blocks, bytes: size })
+        Ok(Self { path, file: Arc::new(file), blocks, bytes: size, told })
     }
 
     /// Has whoever wants to write to it wait until nobody uses it any more, where the host can.
@@ -311,7 +313,7 @@ impl Image {
     /// # Errors
     /// It is not as it was written.
     pub fn check(&self, verify: Verify) -> Result<()> {
-        let known = checked::Known::of(&self.file, &self.blocks)?;
+        let known = checked::Known::of(&self.file, self.told)?;
         if verify == Verify::Once && known.is_checked() {
             return Ok(());
         }
@@ -339,7 +341,7 @@ impl Image {
     fn there(&self) -> Vec<u64> {
         let parts = pages::data(&self.file, 0, self.bytes).into_iter();
         let there = parts.flat_map(|(at, size)| at / BLOCK..(at + size).div_ceil(BLOCK));
-        let mut all: Vec<u64> = self.blocks.keys().copied().chain(there).collect();
+        let mut all: Vec<u64> = self.blocks.iter().map(|(block, _)| *block).chain(there).collect();
         all.sort_unstable();
         all.dedup();
         all
@@ -349,7 +351,9 @@ impl Image {
     fn read(&self, block: u64, bytes: &mut [u8; BLOCK as usize]) -> Result<()> {
         let at = block * BLOCK;
         self.file.read_exact_at(bytes, at).with_context(|| format!("reading {}", self.path.display()))?;
-        let right = self.blocks.get(&block).map_or_else(|| is_zero(bytes), |xxh64| sum(bytes) == *xxh64);
+        let known =
+            self.blocks.binary_search_by_key(&block, |(block, _)| *block).ok().and_then(|at| self.blocks.get(at));
+        let right = known.map_or_else(|| is_zero(bytes), |(_, xxh64)| sum(bytes) == *xxh64);
         if !right {
             let why = format!("the {BLOCK} bytes at {at:#x} are not as they were written");
             return Err(broken(&self.path, &why).into());

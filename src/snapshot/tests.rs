@@ -194,7 +194,7 @@ fn hostile_manifests_are_refused() {
         change(&mut bad);
         let bytes = serde_json::to_vec(&bad).unwrap();
         std::fs::write(path.join(MANIFEST), &bytes).unwrap();
-        std::fs::write(path.join(MANIFEST_SUM), sum(&bytes)).unwrap();
+        std::fs::write(path.join(MANIFEST_SUM), sum(&bytes).to_string()).unwrap();
         let told = looked_at(&path).err().map(|e| format!("{e:#}")).unwrap_or_default();
         assert!(told.contains(why), "{why}: {told:?}");
     };

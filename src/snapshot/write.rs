@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::ram::Moment;
-use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, is_partial, sum};
+use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, Xxh64, is_partial, sum};
 use crate::arch;
 use crate::config::Config;
 use crate::error::refuse;
@@ -139,12 +139,13 @@ impl Taken {
             disks,
             state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
             memory,
+            own: Xxh64::default(),
         };
         let written = Written { memory: manifest.memory.kept() };
         let manifest = serde_json::to_vec(&manifest)?;
         anyhow::ensure!(manifest.len() as u64 <= MOST, "the machine has more RAM than a snapshot can describe");
         put(&folder.join(MANIFEST), &manifest, target)?;
-        put(&folder.join(MANIFEST_SUM), sum(&manifest).as_bytes(), target)?;
+        put(&folder.join(MANIFEST_SUM), sum(&manifest).to_string().as_bytes(), target)?;
         target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)?;
         Ok(written)
     }
