@@ -43,7 +43,7 @@ fn all(memory: &Memory) -> Vec<u8> {
 
 fn state() -> State {
     let text = if cfg!(target_arch = "x86_64") {
-        r#"{"at":5,"cpus":[{"tsc_khz":null,"cpuid":[],"parts":[{"name":"regs","words":[1,2]}],"msrs":[[16,5]]}],"kvm":{"parts":[],"times":[],
+        r#"{"at":5,"cpus":[{"tsc_khz":null,"cpuid":[],"parts":[{"name":"regs","words":[1,2]}],"msrs":[[16,5]]}],"kvm":{"parts":[],"rates":[],"times":[],
             "clock":{"name":"clock","words":[]}},
             "devices":[["serial",{"version":1,"state":{"x":1}}]]}"#
     } else {

@@ -37,6 +37,8 @@ const EFER_SVME: u64 = 1 << 12;
 /// DR6 and DR7 have the bits that are always set; and it runs, where nobody has to start it.
 const NEW: [(&str, &[(usize, u32)]); 3] =
     [("xcrs", &[(0, 1), (4, 1)]), ("debugregs", &[(8, 0xffff_0ff0), (10, 0x400)]), (MP_STATE, &[])];
+/// Which of its fields are valid, in `kvm_vcpu_events`, whose others are 0 where nothing is pending or masked.
+const EVENTS_FLAGS: usize = 5;
 
 /// KVM's own registers, which a new CPU has at 0, and which only a guest that was told of them may set.
 const OF_KVM: RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
@@ -106,7 +108,9 @@ type Registers = Vec<(u32, u64)>;
 #[serde(deny_unknown_fields)]
 pub struct SavedVm {
     parts: Vec<Words>,
-    /// The time-stamp counter of each CPU and what depends on it.
+    /// How fast the time-stamp counter of each CPU runs, where KVM says so.
+    rates: Vec<Option<u32>>,
+    /// That counter and what depends on it.
     times: Vec<Registers>,
     clock: Words,
 }
@@ -122,6 +126,9 @@ fn read(fd: &impl AsRawFd, part: &Part, name: &str, which: u32) -> Result<Words>
 
 /// It is as in a CPU that has not run yet.
 fn is_new(Words { name, words }: &Words) -> bool {
+    if name == EVENTS.name {
+        return words.iter().enumerate().all(|(at, word)| *word == 0 || at == EVENTS_FLAGS);
+    }
     let new = NEW.iter().find(|(known, _)| known == name).map(|(_, words)| *words);
     let value = |at| new.into_iter().flatten().find(|(index, _)| *index == at).map_or(0, |(_, value)| *value);
     new.is_some() && words.iter().enumerate().all(|(at, word)| *word == value(at))
@@ -189,8 +196,10 @@ fn msrs(fd: &VcpuFd, mut rest: &[u32]) -> Result<Registers> {
 pub fn load_cpu(kvm: &Kvm, fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
     check_size(kvm)?;
     let SavedCpu { tsc_khz, cpuid, parts, msrs } = saved;
+    // The same for all, before any is set.
+    static USUAL: OnceLock<Option<u32>> = OnceLock::new();
     if let Some(khz) = tsc_khz
-        && fd.get_tsc_khz().ok() != Some(*khz)
+        && *USUAL.get_or_init(|| fd.get_tsc_khz().ok()) != Some(*khz)
     {
         fd.set_tsc_khz(*khz).map_err(|e| {
             refuse(format!("this host cannot let a time-stamp counter run at {khz} kHz: {}", io::Error::from(e)))
@@ -280,7 +289,8 @@ pub fn save_vm(fd: &VmFd, cpus: &[&VcpuFd], irqchip: Option<IrqChip>) -> Result<
     let mut clock = read(fd, &CLOCK, CLOCK.name, 0)?;
     // The time alone: what KVM says besides is of this moment and this host, and no input of the other call.
     clock.words.iter_mut().skip(2).for_each(|word| *word = 0);
-    Ok(SavedVm { parts, times, clock })
+    let rates = cpus.iter().map(|cpu| cpu.get_tsc_khz().ok()).collect();
+    Ok(SavedVm { parts, rates, times, clock })
 }
 
 /// Sets that state, of a machine of the same kind whose CPUs have theirs.
@@ -288,7 +298,7 @@ pub fn save_vm(fd: &VmFd, cpus: &[&VcpuFd], irqchip: Option<IrqChip>) -> Result<
 /// # Errors
 /// KVM refuses, or the state is not one of this version's.
 pub fn load_vm(fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm, passed: Duration) -> Result<()> {
-    let SavedVm { parts, times, clock } = saved;
+    let SavedVm { parts, rates, times, clock } = saved;
     for words in parts {
         let part = match words.name.as_str() {
             name if IRQCHIPS.contains(&name) => &IRQCHIP,
@@ -301,11 +311,10 @@ pub fn load_vm(fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm, passed: Duration) -
         bail!("the saved state has the times of {} CPUs", times.len());
     }
     // All its clocks, or none: they would not agree else.
-    let rate = |cpu: &&VcpuFd| if passed.is_zero() { Some(0) } else { cpu.get_tsc_khz().ok() };
-    let rates: Option<Vec<u32>> = cpus.iter().map(rate).collect();
-    let passed = if rates.is_some() { passed } else { Duration::ZERO };
-    for ((cpu, times), khz) in cpus.iter().zip(times).zip(rates.into_iter().flatten().chain(iter::repeat(0))) {
-        set_msrs(cpu, &later(times, khz, passed))?;
+    let known = rates.len() == cpus.len() && rates.iter().all(Option::is_some);
+    let passed = if known { passed } else { Duration::ZERO };
+    for ((cpu, times), khz) in cpus.iter().zip(times).zip(rates.iter().copied().chain(iter::repeat(None))) {
+        set_msrs(cpu, &later(times, khz.unwrap_or(0), passed))?;
     }
     let mut clock = clock.clone();
     if let [low, high, ..] = clock.words.as_mut_slice() {
@@ -346,6 +355,7 @@ mod tests {
         (debug[8], debug[10]) = (0xffff_0ff0, 0x400);
         assert!(words("debugregs", &debug));
         debug[0] = 1;
+        assert!(words("events", &[0, 0, 0, 0, 0, 13, 0]) && !words("events", &[0, 0, 0, 1, 0, 13, 0]));
         assert!(!words("debugregs", &debug) && !words("regs", &[0]) && !words("mp-state", &[1]));
     }
 }
