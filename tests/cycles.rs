@@ -7,6 +7,7 @@ mod common;
 use bantam::config::{Config, Serial};
 use bantam::machine::{Machine, Streams};
 use bantam::snapshot::{How, Snapshot};
+use common::arch::PCI;
 use common::counting::counts;
 use common::kvm;
 use common::place::Place;
@@ -26,7 +27,7 @@ fn clones_come_and_go_and_nothing_is_left_of_them() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "--irqchip split --rng on");
+    let started = place.counter(&guest, PCI);
     let folder = place.snapshot("one");
     place.tell("stop one");
     started.wait().expect(143);

@@ -569,7 +569,15 @@ impl Cpu {
             mut watching => run_loop(vcpu, buses, flag, &mut watching),
         };
         // What it was doing may still end the machine: a write to the reset port may be the last of many.
-        let stop = if stop == Stop::Asked { self.vcpu.settle(&self.buses) } else { Some(stop) };
+        let stop = match stop {
+            Stop::Asked => self.vcpu.settle(&self.buses),
+            // The guest may go on in another machine.
+            Stop::MaxExits | Stop::Until => {
+                let _ = self.vcpu.settle(&self.buses);
+                Some(stop)
+            }
+            stop => Some(stop),
+        };
         if let Some(stop) = stop {
             // The first CPU to end ends the machine; later ones have nothing to add.
             let _ = self.ended.set((self.vcpu.id(), stop));
