@@ -2,11 +2,10 @@
 //!
 //! Invariant: they end no later than this process, which waits for all of them and passes on what it is told.
 
-use std::os::fd::AsFd;
-
 use anyhow::{Context, Result};
 
 use crate::config::Config;
+use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::sys::{self, process};
 use crate::vm::kvm;
@@ -35,9 +34,10 @@ pub fn run(configs: &[Config], run: impl Fn(&Config) -> u8) -> Result<u8> {
             }
         }
     }
+    let (readiness, mut ready) = (Readiness::new().context("epoll")?, Vec::new());
+    readiness.watch(&signals, 0, Edge::Level).context("epoll")?;
     while all.iter().any(|(_, status)| status.is_none()) {
-        let mut poll = [rustix::event::PollFd::from_borrowed_fd(signals.as_fd(), rustix::event::PollFlags::IN)];
-        let _ = rustix::event::poll(&mut poll, None);
+        readiness.wait(None, &mut ready).context("epoll")?;
         while let Some(signal) = sys::next_signal(&signals) {
             if signal != process::ENDED {
                 let live = || all.iter().filter(|(_, status)| status.is_none());

@@ -130,8 +130,12 @@ impl Disk {
         Ok(())
     }
 
+    fn paths(config: &Config) -> impl Iterator<Item = PathBuf> {
+        config.disk.iter().map(|words| words.split().0.into())
+    }
+
     fn all(config: &Config) -> Result<Vec<Self>> {
-        config.disk.iter().map(|words| Self::at(Path::new(words.take("--disk").first()))).collect()
+        Self::paths(config).map(|path| Self::at(&path)).collect()
     }
 }
 
@@ -248,7 +252,7 @@ impl Manifest {
         }
         let manifest = Self { own, ..parse(&path, &bytes)? };
         // Whoever made it shall not choose what else its user's machine reads and writes.
-        let disks = manifest.config.disk.iter().map(|words| PathBuf::from(words.split().0));
+        let disks = Disk::paths(&manifest.config);
         if manifest.config != manifest.config.of_a_snapshot()
             || !disks.eq(manifest.disks.iter().map(|disk| disk.path.clone()))
         {

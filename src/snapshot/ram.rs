@@ -14,13 +14,12 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::write::{Target, check, make};
 use super::{Verify, Xxh64, broken, checked, sum};
 use crate::error::Refusal;
+use crate::event::{Edge, Readiness};
 use crate::host::sys;
 use crate::memory::{Frozen, Memory, Span, Waiting, pages};
 
@@ -91,15 +90,14 @@ fn parts_of(places: &[(u64, Span)], memory: &Memory) -> Vec<Part> {
     parts
 }
 
+/// What [`Watched::watch`] waits for.
+const WAITING: u64 = 0;
+const NOW: u64 = 1;
+
 /// RAM of a machine that goes on until it is to be kept: what changes meanwhile is known.
 pub struct Watched {
-    memory: Memory,
+    moment: Moment,
     frozen: Frozen,
-    places: Vec<(u64, Span)>,
-    bytes: u64,
-    parts: Vec<Part>,
-    /// Those that changed, or began, since they were guarded.
-    changed: BTreeSet<Part>,
 }
 
 impl Watched {
@@ -109,11 +107,10 @@ impl Watched {
     /// The host has no way to that.
     pub fn new(memory: &Memory) -> io::Result<Self> {
         let frozen = memory.freeze()?;
-        let (places, bytes) = places(spans(memory));
         // What begins from here on is told of.
-        let parts = parts_of(&places, memory);
-        frozen.guard(parts.iter().map(|(span, _)| *span))?;
-        Ok(Self { memory: memory.clone(), frozen, places, bytes, parts, changed: BTreeSet::new() })
+        let moment = Moment::still(memory);
+        frozen.guard(moment.parts.iter().map(|(span, _)| *span))?;
+        Ok(Self { moment, frozen })
     }
 
     /// Lets the machine change what it likes until `now` is readable.
@@ -121,24 +118,21 @@ impl Watched {
     /// # Errors
     /// The host refuses.
     pub fn watch(&mut self, now: impl AsFd) -> io::Result<()> {
-        loop {
+        let (readiness, mut ready) = (Readiness::new()?, Vec::new());
+        readiness.watch(&self.frozen, WAITING, Edge::Level)?;
+        readiness.watch(now, NOW, Edge::Level)?;
+        while !ready.contains(&NOW) {
             self.answer()?;
-            let mut both = [&self.frozen.as_fd(), &now.as_fd()].map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN));
-            match poll(&mut both, None) {
-                Err(Errno::INTR) | Ok(_) => {}
-                Err(e) => return Err(e.into()),
-            }
-            if both.get(1).is_some_and(|now| !now.revents().is_empty()) {
-                return self.answer();
-            }
+            readiness.wait(None, &mut ready)?;
         }
+        self.answer()
     }
 
     fn answer(&mut self) -> io::Result<()> {
         while let Some(waiting) = self.frozen.waiting() {
             let (Waiting::ToWrite(addr) | Waiting::ToBegin(addr)) = waiting;
-            let Some(part) = part_of(&self.places, addr) else { continue };
-            self.changed.insert(part);
+            let Some(part) = part_of(&self.moment.places, addr) else { continue };
+            self.moment.changed.insert(part);
             match waiting {
                 Waiting::ToWrite(_) => self.frozen.let_go(part.0)?,
                 Waiting::ToBegin(_) => self.frozen.begin(addr)?,
@@ -153,9 +147,8 @@ impl Watched {
     /// The host refuses.
     pub fn freeze(mut self) -> io::Result<Moment> {
         self.answer()?;
-        self.frozen.guard(self.changed.iter().map(|(span, _)| *span))?;
-        let Self { memory, frozen, places, bytes, parts, changed } = self;
-        Ok(Moment { memory, places, bytes, parts, changed, frozen: Some(frozen) })
+        self.frozen.guard(self.moment.changed.iter().map(|(span, _)| *span))?;
+        Ok(Moment { frozen: Some(self.frozen), ..self.moment })
     }
 }
 
@@ -165,7 +158,7 @@ pub struct Moment {
     places: Vec<(u64, Span)>,
     bytes: u64,
     parts: Vec<Part>,
-    /// More of them, some twice.
+    /// Those that changed, or began, since they were guarded; some are among them twice.
     changed: BTreeSet<Part>,
     /// None: the machine stands still until it is written.
     frozen: Option<Frozen>,

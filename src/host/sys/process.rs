@@ -30,14 +30,13 @@ pub struct Process(libc::pid_t);
 pub fn fork(work: impl FnOnce() -> u8) -> io::Result<Process> {
     let alone = || std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1);
     // One that has been waited for may be there for a moment.
-    let looks = (0..LOOKS).any(|_| {
-        alone() || {
-            std::thread::sleep(LOOK);
-            false
+    let mut looks = 0;
+    while !alone() {
+        if looks == LOOKS {
+            return Err(io::Error::other("there is more than one thread"));
         }
-    });
-    if !looks {
-        return Err(io::Error::other("there is more than one thread"));
+        looks += 1;
+        std::thread::sleep(LOOK);
     }
     let parent = std::process::id();
     // SAFETY: with one thread, which was seen above, the child is as whole as this process.

@@ -37,16 +37,7 @@ impl Packed {
     /// # Errors
     /// It is not what it is said to be, or there is no room for another.
     pub fn overlay(options: &Options, file: File, capacity: &mut u64) -> Result<Self> {
-        let below = if options.format == Some(Format::Qcow2) {
-            check(&file).map_err(refuse)?;
-            let image = layer(file, false)?;
-            if let Some(name) = image.implicit_backing_file() {
-                return Err(refusal_of(name).into());
-            }
-            FormatAccess::new(image)
-        } else {
-            raw(file)?
-        };
+        let below = if options.format == Some(Format::Qcow2) { packed(file)? } else { raw(file)? };
         *capacity = below.size();
         let own = tempfile::tempfile()?;
         let new = Qcow2::<imago::file::File>::create_builder(imago::file::File::try_from(own.try_clone()?)?);
@@ -117,14 +108,19 @@ fn backing(path: &Path) -> Result<Access> {
     let mut magic = [0; 4];
     // Who names a file here has read it as what it is; nobody writes to it.
     if file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"QFI\xfb" {
-        check(&file).map_err(refuse)?;
-        let image = layer(file, false)?;
-        if let Some(name) = image.implicit_backing_file() {
-            return Err(refusal_of(name).into());
-        }
-        return Ok(FormatAccess::new(image));
+        return packed(file);
     }
     raw(file)
+}
+
+/// A qcow2 image that is only read, and stands on nothing.
+fn packed(file: File) -> Result<Access> {
+    check(&file).map_err(refuse)?;
+    let image = layer(file, false)?;
+    if let Some(name) = image.implicit_backing_file() {
+        return Err(refusal_of(name).into());
+    }
+    Ok(FormatAccess::new(image))
 }
 
 fn raw(file: File) -> Result<Access> {
