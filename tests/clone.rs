@@ -7,24 +7,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use bantam::config::{Config, Serial};
-use bantam::machine::{Machine, Streams};
 use bantam::snapshot::{How, Snapshot};
 use common::arch::{SWEEP, SWEPT};
-use common::counting::{counts, goes_on, text};
+use common::counting::{counts, goes_on, of, text};
 use common::place::{Place, grows, size};
-use common::{File, code, file, kvm};
+use common::{code, file, kvm};
 
 impl Place {
-    /// A snapshot of a machine that counts and has ended; gives what it had printed.
-    fn counted(&self, guest: &File, words: &str) -> String {
-        let started = self.counter(guest, words);
-        self.snapshot("snapshot");
-        self.tell("stop one");
-        started.wait().expect(143);
-        text(&self.path("out"))
-    }
-
     fn clone(&self, of: &Path, words: &str) -> common::Run {
         self.run("clone").arg(of).words(words).words("--timeout 60")
     }
@@ -36,11 +25,12 @@ fn p28_many_clones_of_one_snapshot_all_go_on_each_by_itself() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let before = place.counted(&guest, "");
+    let folder = place.kept(&guest, "");
+    let before = text(&place.path("out"));
     let count = if common::host_is_emulated() { 8 } else { 64 };
     let out = place.path("{}.out");
     let words = format!("--count {count} --name c --serial file:{}", out.display());
-    let started = place.clone(&place.path("snapshot"), &words).start();
+    let started = place.clone(&folder, &words).start();
     let outs: Vec<_> = (1..=count).map(|number| place.path(&format!("{number}.out"))).collect();
     outs.iter().for_each(|out| grows(out, 20));
     // All at once, each with a name of its own.
@@ -59,7 +49,7 @@ fn p28_many_clones_of_one_snapshot_all_go_on_each_by_itself() {
     let left = place.run("ps").run().expect(0).out();
     assert_eq!(left.lines().count(), 1, "{left}");
     // No page that they wrote is in the snapshot.
-    place.clone(&place.path("snapshot"), "--verify always --serial none --max-exits 200").run().expect(124);
+    place.clone(&folder, "--verify always --serial none --max-exits 200").run().expect(124);
 }
 
 #[test]
@@ -102,8 +92,7 @@ fn what_a_guest_writes_after_the_moment_is_not_in_the_snapshot() {
             break;
         }
         let snapshot = Snapshot::open(&folder, How::default()).unwrap();
-        let config = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
-        let machine = Machine::of(&snapshot, &config, &Streams::open(&config).unwrap()).unwrap();
+        let machine = of(&snapshot).unwrap();
         let word = |part: u64| {
             let mut bytes = [0; 4];
             machine.memory().read(SWEPT + part * 0x1_0000, &mut bytes).unwrap();
@@ -186,9 +175,9 @@ fn clones_end_with_who_made_them() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    place.counted(&guest, "");
+    let folder = place.kept(&guest, "");
     let words = format!("--count 2 --name c --serial file:{}", place.path("{}").display());
-    let started = place.clone(&place.path("snapshot"), &words).start();
+    let started = place.clone(&folder, &words).start();
     ["1", "2"].iter().for_each(|out| grows(&place.path(out), 10));
     started.signal("KILL");
     started.wait().expect(-9);
@@ -209,8 +198,7 @@ fn a_clone_has_sockets_and_disks_of_its_own() {
     std::fs::copy(&disk, &copy).unwrap();
     let vsock = place.path("v");
     let words = format!("--irqchip kernel --disk {} --vsock cid=3,path={}", disk.display(), vsock.display());
-    place.counted(&guest, &words);
-    let folder = place.path("snapshot");
+    let folder = place.kept(&guest, &words);
     let shown = place.run("inspect").arg(&folder).run().expect(0).out();
     assert!(shown.contains(&format!("disk: {}, 65536 bytes", disk.display())), "{shown}");
     // Two that write to one disk cannot be; two that write beside it can.
@@ -230,10 +218,7 @@ fn a_clone_has_sockets_and_disks_of_its_own() {
     }
     place.clone(&folder, "--disk-mode share-ro").run().refused(2).said("the machine writes to");
     // Another file for a disk, if it is as long.
-    let restore = |words: &str| {
-        let words = format!("--serial none --max-exits 200 --timeout 60 {words}");
-        place.run("restore").arg(&folder).words(&words).run()
-    };
+    let restore = |words: &str| place.restore(&folder, words);
     restore(&format!("--disk {}={}", disk.display(), copy.display())).expect(124);
     restore(&format!("--disk {}", copy.display())).refused(2).said("has the disks of its snapshot");
     restore("--net user").refused(2).said("the machine had 0 of them, and 1 are named");

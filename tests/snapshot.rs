@@ -13,10 +13,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use bantam::machine::{Machine, Paused, Streams};
 use bantam::snapshot::{How, Snapshot};
 use common::arch::{PCI, follows_time, kept};
-use common::counting::{counts, goes_on, text};
+use common::counting::{counts, goes_on, of, text};
 use common::place::{Place, grows, size};
 use common::{bantam, code, file, kvm};
 use random::Random;
@@ -131,13 +130,6 @@ fn differences(at: &str, one: &Value, other: &Value, into: &mut Vec<String>) {
     }
 }
 
-/// The machine of a snapshot, before it goes on.
-fn of(snapshot: &Snapshot) -> anyhow::Result<Machine<Paused>> {
-    let mut config = snapshot.manifest.config.clone();
-    config.serial = bantam::config::Serial::None;
-    Machine::of(snapshot, &config, &Streams::open(&config)?)
-}
-
 /// At moments that depend on the seed, and on what the machine was at then.
 #[test]
 fn a_state_that_was_loaded_is_saved_the_same() {
@@ -221,8 +213,7 @@ fn p24_a_monitor_that_is_killed_leaves_a_whole_snapshot_or_none() {
         started.signal("KILL");
         started.wait().expect(-9);
         asked.wait();
-        let restore =
-            |path: &Path| place.run("restore").arg(path).words("--serial none --max-exits 200 --timeout 60").run();
+        let restore = |path: &Path| place.restore(path, "");
         if folder.exists() {
             whole += 1;
             restore(&folder).expect(124);
@@ -244,14 +235,8 @@ fn a_file_is_compared_once_and_again_when_it_has_changed() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "");
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
-    let restore = |words: &str| {
-        let words = format!("--serial none --max-exits 200 --timeout 60 {words}");
-        place.run("restore").arg(&folder).words(&words).run()
-    };
+    let folder = place.kept(&guest, "");
+    let restore = |words: &str| place.restore(&folder, words);
     // A file that has just changed may do so again within the same tick of the host's clock.
     std::thread::sleep(Duration::from_millis(200));
     restore("").expect(124);
@@ -285,10 +270,7 @@ fn p27_a_snapshot_that_is_changed_ends_the_machines_that_came_of_it() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "");
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
+    let folder = place.kept(&guest, "");
     let memory = folder.join("memory.bin");
     let writer = std::fs::File::options().write(true).open(&memory).unwrap();
     place.run("restore").arg(&folder).run().refused(125).said("somebody has it open to write to it");
@@ -307,13 +289,9 @@ fn p27_a_snapshot_that_is_changed_ends_the_machines_that_came_of_it() {
     place.tell("stop b");
     copied.wait().expect(143);
     // One that is taken away is there as long as somebody needs it.
-    let again = place.path("again");
+    std::fs::remove_dir_all(&folder).unwrap();
     std::fs::remove_file(place.path("out")).unwrap();
-    let started = place.counter(&guest, "");
-    place.tell("pause one");
-    place.tell(&format!("snapshot one {}", again.display()));
-    place.tell("stop one");
-    started.wait().expect(143);
+    let again = place.kept(&guest, "");
     let words = format!("--serial file:{} --timeout 60 --name c", place.path("c").display());
     let started = place.run("restore").arg(&again).words(&words).start();
     grows(&place.path("c"), 100);
@@ -357,10 +335,7 @@ fn p26_a_hostile_state_is_refused_or_runs() {
     let disk = place.path("disk");
     std::fs::write(&disk, vec![1; 1 << 16]).unwrap();
     let devices = format!("--disk {} --vsock cid=3,path={} --balloon", disk.display(), place.path("v").display());
-    let started = place.counter(&guest, &format!("{PCI} {devices}"));
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
+    let folder = place.kept(&guest, &format!("{PCI} {devices}"));
     let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap()).unwrap() };
     let (good, mut manifest) = (read("state.json"), read("manifest.json"));
     let sum = |bytes: &[u8]| format!("{:016x}", twox_hash::XxHash64::oneshot(0, bytes));
@@ -382,7 +357,7 @@ fn p26_a_hostile_state_is_refused_or_runs() {
         let bytes = serde_json::to_vec(&manifest).unwrap();
         std::fs::write(folder.join("manifest.xxh64"), sum(&bytes)).unwrap();
         std::fs::write(folder.join("manifest.json"), bytes).unwrap();
-        let told = place.run("restore").arg(&folder).words("--serial none --max-exits 200 --timeout 60").run();
+        let told = place.restore(&folder, "");
         match told.status {
             125 => refused += 1,
             124 => {
@@ -403,10 +378,7 @@ fn the_guests_clock_goes_on_from_where_it_was() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "--cpus 2");
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
+    let folder = place.kept(&guest, "--cpus 2");
     let snapshot = Snapshot::open(&folder, How::default()).unwrap();
     std::thread::sleep(common::within(1.0));
     let (begun, machine) = (Instant::now(), of(&snapshot).unwrap());
@@ -429,10 +401,7 @@ fn a_cpu_that_lacks_a_feature_is_refused_by_name() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "--irqchip kernel");
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
+    let folder = place.kept(&guest, "--irqchip kernel");
     let mut snapshot = Snapshot::open(&folder, How::default()).unwrap();
     of(&snapshot).unwrap();
     let mut state = serde_json::to_value(&snapshot.state).unwrap();
@@ -452,10 +421,7 @@ fn a_machine_of_another_host_is_refused_by_what_differs() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "");
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
+    let folder = place.kept(&guest, "");
     let mut snapshot = Snapshot::open(&folder, How::default()).unwrap();
     let good = serde_json::to_value(&snapshot.state).unwrap();
     let mut refusal = |spoil: &dyn Fn(&mut Value)| {
@@ -493,10 +459,7 @@ fn a_hostile_state_of_cpus_is_refused_or_taken() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
-    let started = place.counter(&guest, "--cpus 2");
-    let folder = place.snapshot("one");
-    place.tell("stop one");
-    started.wait().expect(143);
+    let folder = place.kept(&guest, "--cpus 2");
     let mut snapshot = Snapshot::open(&folder, How::default()).unwrap();
     let good = serde_json::to_value(&snapshot.state).unwrap();
     let (first, count) = common::soak().unwrap_or((1, 200));

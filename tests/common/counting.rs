@@ -2,6 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use bantam::config::{Config, Serial};
+use bantam::machine::{Machine, Paused, Streams};
+use bantam::snapshot::Snapshot;
+
 use super::place::{Place, grows};
 use super::{File, Outcome, Started, code, file, within};
 
@@ -31,6 +35,27 @@ impl Place {
         self.tell(&format!("snapshot one {}", folder.display()));
         folder
     }
+
+    /// A snapshot of such a machine that has ended since.
+    pub fn kept(&self, guest: &File, words: &str) -> PathBuf {
+        let started = self.counter(guest, words);
+        let folder = self.snapshot("snapshot");
+        self.tell("stop one");
+        started.wait().expect(143);
+        folder
+    }
+
+    /// Has a machine go on for a while that nobody looks at.
+    pub fn restore(&self, folder: &Path, words: &str) -> Outcome {
+        let words = format!("--serial none --max-exits 200 --timeout 60 {words}");
+        self.run("restore").arg(folder).words(&words).run()
+    }
+}
+
+/// The machine of a snapshot, before it goes on.
+pub fn of(snapshot: &Snapshot) -> anyhow::Result<Machine<Paused>> {
+    let config = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
+    Machine::of(snapshot, &config, &Streams::open(&config)?)
 }
 
 pub fn text(path: &Path) -> String {
