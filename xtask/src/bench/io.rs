@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 
-use super::{Series, about, calls, subject, value};
+use super::{Series, about, calls, subject, value, verdict};
 use crate::sh;
 
 /// Words of `cargo xtask bench io`.
@@ -96,7 +96,7 @@ fn count(key: &str, requests: u32, folder: &Path) -> Result<String> {
 
 fn cell(count: Option<f64>, requests: f64, most: f64) -> String {
     let Some(each) = count.map(|count| count / requests) else { return "not measured".into() };
-    let kept = if each <= most { "kept" } else { "**MISSED**" };
+    let kept = verdict(each <= most);
     format!("{each:.3} (≤ {most}: {kept})")
 }
 
@@ -108,7 +108,7 @@ fn line(times: &str, key: &str, name: &str, promised: f64) -> String {
     };
     let (floor, alone, thread) = (series("floor"), series("alone"), series("thread"));
     let (best, middle) = (floor.min() / alone.min(), floor.p50() / alone.p50());
-    let kept = if middle >= promised { "kept" } else { "**MISSED**" };
+    let kept = verdict(middle >= promised);
     let [floor, alone, thread] = [floor, alone, thread].map(|series| series.cell(1.0, 0));
     format!("| {name} | {floor} | {alone} | {best:.2} / {middle:.2} | ≥ {promised} at p50: {kept} | {thread} |")
 }

@@ -85,6 +85,11 @@ const SHORT: u32 = 10;
 /// In a host it takes a tenth of a second, and the others half of one.
 const SHORT_IN_HOST: u32 = 3;
 
+/// What is said of a promise.
+fn verdict(kept: bool) -> &'static str {
+    if kept { "kept" } else { "**MISSED**" }
+}
+
 const NOT_COUNTED: &str = "n/a: no strace";
 
 const HOST_REMARK: &str = "INSIDE A TEST HOST: its CPU is a program (QEMU's TCG), and a nanosecond is one of its \
@@ -175,7 +180,7 @@ impl Pair {
         let promise = match promised {
             None => "reported".into(),
             Some(most) => {
-                format!("≤ {most:.2} × at p50: {}", if middle <= most { "kept" } else { "**MISSED**" })
+                format!("≤ {most:.2} × at p50: {}", verdict(middle <= most))
             }
         };
         let (ours, floor) = (self.bantam.cell(unit, digits), self.floor.cell(unit, digits));
@@ -191,9 +196,9 @@ struct PerExit {
 
 impl PerExit {
     fn cell(&self) -> String {
-        let kept = if self.calls < 0.01 { "kept" } else { "**MISSED**" };
+        let kept = verdict(self.calls < 0.01);
         let allocations = match self.allocations {
-            Some(n) => format!("{n:.5} ({})", if n == 0.0 { "kept" } else { "**MISSED**" }),
+            Some(n) => format!("{n:.5} ({})", verdict(n == 0.0)),
             None => "not measured".into(),
         };
         format!("calls but KVM_RUN an exit {:.5} (< 0.01: {kept}); allocations an exit {allocations}", self.calls)
@@ -376,7 +381,7 @@ fn dispatch(inside: &str) -> String {
 /// The fifth line: memory, size, dependencies.
 fn memory_line(place: &Place) -> Result<String> {
     let (ours, floor) = (memory::own(place, Side::Bantam)?, memory::own(place, Side::Floor)?);
-    let kept = if ours.total <= 2048 { "kept" } else { "**MISSED**" };
+    let kept = verdict(ours.total <= 2048);
     let size = |side: Side| -> Result<u64> { Ok(fs::metadata(place.program(side))?.len() / 1024) };
     let Own { total, parts } = &ours;
     let parts: Vec<_> = parts.iter().map(|(name, size)| format!("{name} {size}")).collect();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{NOT_COUNTED, Pair, SHORT, Series, about, calls, memory, subject};
+use super::{NOT_COUNTED, Pair, SHORT, Series, about, calls, memory, subject, verdict};
 use crate::arch::Arch;
 use crate::sh;
 use place::{Kept, Place, children, wait_for};
@@ -59,10 +59,6 @@ fn touches(mib: u32) -> Vec<u8> {
     let head = [0xbf, 0, 0, 0x10, 0, 0xb9];
     let rest = [0x89, 0x3f, 0x81, 0xc7, 0, 0x10, 0, 0, 0x49, 0x75, 0xf5, 0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee];
     [&head[..], &(mib * 256).to_le_bytes(), &rest, &[0xeb, 0xfd]].concat()
-}
-
-fn verdict(kept: bool) -> &'static str {
-    if kept { "kept" } else { "**MISSED**" }
 }
 
 /// Measures and prints.

@@ -6,6 +6,9 @@
 // The point of this is that nothing stands between it and the system calls.
 #![allow(unsafe_code)]
 
+#[path = "../floor/kvm.rs"]
+mod kvm;
+
 use std::ffi::{c_int, c_ulong, c_void};
 use std::fs::File;
 use std::io;
@@ -16,12 +19,7 @@ use std::ptr::null_mut;
 use anyhow::{Context, Result, ensure};
 use bantam::machine::{Machine, Paused};
 use bantam::memory::Span;
-
-const KVM_CREATE_VM: c_ulong = 0xae01;
-const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
-const KVM_CREATE_VCPU: c_ulong = 0xae41;
-const KVM_RUN: c_ulong = 0xae80;
-const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+use kvm::{KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_GET_VCPU_MMAP_SIZE, KVM_RUN, KVM_SET_USER_MEMORY_REGION, Slot};
 
 const KVM_EXIT_IO: u32 = 2;
 /// KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS.
@@ -33,16 +31,6 @@ const PORT: usize = 34;
 const DATA_OFFSET: usize = 40;
 const DIRTY: usize = 296;
 const REGISTERS: usize = 304;
-
-/// struct kvm_userspace_memory_region.
-#[repr(C)]
-struct Slot {
-    slot: u32,
-    flags: u32,
-    guest: u64,
-    size: u64,
-    host: u64,
-}
 
 /// What its clones are made of.
 pub struct Floor {

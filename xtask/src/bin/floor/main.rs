@@ -12,31 +12,17 @@
 mod arch;
 #[path = "../../guest/mod.rs"]
 mod guest;
+mod kvm;
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 
 use arch::Run;
-
-const KVM_CREATE_VM: c_ulong = 0xae01;
-const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
-const KVM_CREATE_VCPU: c_ulong = 0xae41;
-const KVM_RUN: c_ulong = 0xae80;
-const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+use kvm::{KVM_CREATE_VCPU, KVM_CREATE_VM, KVM_GET_VCPU_MMAP_SIZE, KVM_RUN, KVM_SET_USER_MEMORY_REGION, Slot};
 
 /// RAM of the machine: one page, as in system B.
 const RAM: usize = 0x1000;
-
-/// struct kvm_userspace_memory_region.
-#[repr(C)]
-struct Slot {
-    slot: u32,
-    flags: u32,
-    guest: u64,
-    size: u64,
-    host: u64,
-}
 
 /// Ends the program when a system call failed: there is nothing else to do about it here.
 fn must(result: impl Into<i64>, what: &CStr) -> i64 {
