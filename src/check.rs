@@ -24,8 +24,20 @@ const COMMON: &[Feature] = &[
         "entering a guest in one call instead of three",
         "none needed: Bantam makes the three",
     ),
-    feature(Cap::Ioeventfd, "IOEVENTFD", false, "(later) doorbells of virtio devices", "none needed yet"),
-    feature(Cap::ReadonlyMem, "READONLY_MEM", false, "(later) firmware in ROM", "none needed yet"),
+    feature(
+        Cap::Ioeventfd,
+        "IOEVENTFD",
+        false,
+        "doorbells of virtio devices without an exit",
+        "none needed: they exit",
+    ),
+    feature(
+        Cap::ReadonlyMem,
+        "READONLY_MEM",
+        false,
+        "PCI's configuration, read without an exit",
+        "none needed: it exits",
+    ),
     feature(Cap::SetGuestDebug, "SET_GUEST_DEBUG", false, "(later) --gdb", "none needed yet"),
 ];
 
@@ -50,6 +62,11 @@ pub fn check() -> Result<(String, bool)> {
     for (what, value) in arch::host_facts(kvm) {
         line(what, &value);
     }
+    let touched = match userfault::Guarded::first() {
+        Ok(_) => "yes      --verify lazy: RAM of a snapshot is compared when it is touched".into(),
+        Err(e) => format!("no       --verify lazy ({e}): needs root or vm.unprivileged_userfaultfd=1"),
+    };
+    line("userfaultfd, first touch", &touched);
     let userfault = match userfault::is_there() {
         Ok(()) => "yes      a snapshot or a clone is taken while the guest goes on".into(),
         Err(e) => format!(

@@ -337,7 +337,7 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
             let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
             let manifest = Manifest::open(folder)?;
             let config = of_snapshot(&manifest, words)?;
-            Ok(Command::Restore(folder.clone(), Box::new(manifest), how(words), config))
+            Ok(Command::Restore(folder.clone(), Box::new(manifest), How { note: true, ..how(words) }, config))
         }
         "clone" => {
             let of = words.get_one::<PathBuf>("guest").context("no folder")?;
@@ -389,7 +389,8 @@ fn other(matches: &ArgMatches) -> Result<Command> {
 
 fn how(words: &ArgMatches) -> How {
     let verify = words.get_one("verify").copied().unwrap_or_default();
-    How { verify, copy: words.get_flag("copy"), freeze_clock: words.get_flag("clock-freeze") }
+    let (copy, freeze_clock) = (words.get_flag("copy"), words.get_flag("clock-freeze"));
+    How { verify, copy, freeze_clock, note: false }
 }
 
 /// The machine of a snapshot, with what it is to have another of.

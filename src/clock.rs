@@ -1,4 +1,4 @@
-//! The clock a device is given, so that a test can stop time and (later) a clone can be told another one.
+//! The clock a device is given, so that a test can stop time.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,6 +1,6 @@
 //! The machine as data: what a person can ask for, and nothing else.
 //!
-//! One type serves the command line, `--config FILE` and (later) a snapshot's manifest; its documentation is the help
+//! One type serves the command line, `--config FILE` and a snapshot's manifest; its documentation is the help
 //! text. Invariant: a `Config` is dumb. It checks the form of each value, never whether values fit together; that is
 //! the work of `load::settle` and of the layout.
 

@@ -47,6 +47,11 @@ pub fn refuse(what: impl Into<String>) -> Refusal {
     Refusal { what: what.into(), status: status::HOST, hint: None }
 }
 
+/// The guest cannot go on: status 126.
+pub fn lost(what: impl Into<String>) -> Refusal {
+    Refusal { what: what.into(), status: status::DIED, hint: None }
+}
+
 /// The exit status and the hint of an error chain.
 pub fn verdict(error: &anyhow::Error) -> (u8, Option<&str>) {
     let refusal = error.chain().find_map(|cause| cause.downcast_ref::<Refusal>());

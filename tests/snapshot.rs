@@ -17,7 +17,7 @@ use bantam::snapshot::{How, Snapshot};
 use common::arch::{PCI, follows_time, kept};
 use common::counting::{counts, goes_on, of, text};
 use common::place::{Place, grows, size};
-use common::{bantam, code, file, kvm};
+use common::{bantam, code, file, kvm, skipped};
 use random::Random;
 use serde_json::Value;
 use shell::Shell;
@@ -92,8 +92,9 @@ fn a_linux_goes_on_where_its_snapshot_was_written() {
     shell.leave("poweroff -f\n");
     std::thread::sleep(Duration::from_secs(3));
     let mut numbers = BTreeSet::new();
-    for _ in 0..2 {
-        let mut shell = Shell::restore(&folder);
+    let can_wait = bantam::host::sys::userfault::Guarded::first().is_ok();
+    for verify in ["once", if can_wait { "lazy" } else { "always" }] {
+        let mut shell = Shell::restore(&folder, verify);
         // It is told that it is another machine, and makes new random numbers.
         shell.is("dmesg | grep -c 'crng reseeded due to virtual machine fork'", "1");
         numbers.insert(shell.ask("head -c 16 /dev/urandom | md5sum"));
@@ -261,6 +262,72 @@ fn a_file_is_compared_once_and_again_when_it_has_changed() {
     restore("--verify always").refused(125);
     std::fs::write(&list, [0xff; 5000]).unwrap();
     restore("").refused(125);
+}
+
+/// Where the first machine that goes on has noted what it touches soon, the next ones find it read.
+#[test]
+fn what_a_machine_touches_is_noted_beside_its_snapshot_once() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let folder = place.kept(&guest, "");
+    let noted = place.path("snapshot.working-set");
+    let clones = || place.run("clone").arg(&folder).words("--count 2 --serial none --max-exits 20 --timeout 60").run();
+    clones().expect(124);
+    assert!(!noted.exists());
+    place.restore(&folder, "").expect(124);
+    let first = std::fs::read(&noted).unwrap();
+    let changed = || noted.metadata().unwrap().modified().unwrap();
+    let (at, names) = (changed(), std::fs::read_dir(&folder).unwrap().count());
+    place.restore(&folder, "").expect(124);
+    place.restore(&folder, "--verify lazy").expect(124);
+    clones().expect(124);
+    assert_eq!((changed(), names), (at, 4), "{}", String::from_utf8_lossy(&first));
+}
+
+/// With `--verify lazy` what a guest never touches is not looked at, and what it touches is not as it was written ends it
+/// before it can see it.
+#[test]
+fn a_file_is_compared_when_it_is_touched() {
+    use std::os::unix::fs::FileExt;
+    if !kvm() {
+        return;
+    }
+    if let Err(e) = bantam::host::sys::userfault::Guarded::first() {
+        return skipped(&format!("no userfaultfd here: {e}"));
+    }
+    let guest = counts();
+    for words in kept() {
+        let place = Place::new();
+        let folder = place.kept(&guest, &words);
+        let noted = place.path("snapshot.working-set");
+        let spoil = |at| {
+            let file = std::fs::File::options().read(true).write(true).open(folder.join("memory.bin")).unwrap();
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[!byte[0]], at).unwrap();
+        };
+        let restore = || place.restore(&folder, "--verify lazy");
+        assert!(!noted.exists());
+        restore().expect(124);
+        assert!(noted.exists());
+        restore().expect(124);
+        // Where nobody comes by.
+        spoil(0xc0_0000);
+        restore().expect(124);
+        let clones = "--count 2 --serial none --max-exits 20 --timeout 60 --verify lazy";
+        place.run("clone").arg(&folder).words(clones).run().expect(124);
+        place.restore(&folder, "").refused(125);
+        let manifest: Value = serde_json::from_str(&text(&folder.join("manifest.json"))).unwrap();
+        for block in manifest["memory"]["blocks"].as_array().unwrap() {
+            spoil(block[0].as_u64().unwrap() << 16);
+        }
+        for _ in 0..2 {
+            restore().refused(126).said("are not as they were written");
+            let _ = std::fs::remove_file(&noted);
+        }
+    }
 }
 
 /// Nobody changes what a guest's RAM is made of: who tries waits, and the guest ends first.

@@ -291,6 +291,13 @@ impl Start<'_> {
         }
     }
 
+    fn snapshot(&self) -> Option<&Snapshot> {
+        match self {
+            Self::Boot(_) => None,
+            Self::Restore(snapshot) => Some(snapshot),
+        }
+    }
+
     /// What the machine runs, in a word.
     fn name(&self) -> &str {
         match self {
@@ -325,7 +332,11 @@ fn live(config: &Config, start: &Start) -> Result<Ended> {
             }
             Start::Restore(snapshot) => Machine::spawn(snapshot, config, &streams)?,
         };
-        let (machine, mut end) = machine.resume(&life, &streams)?.wait(&life, &mut streams)?;
+        let machine = machine.resume(&life, &streams)?;
+        // As long as it runs.
+        let noting = start.snapshot().and_then(|snapshot| snapshot.note(machine.memory()));
+        let (machine, mut end) = machine.wait(&life, &mut streams)?;
+        drop(noting);
         if config.reboot && end.is_reset() && life.is_spent() {
             end = End::Guest(0, Stop::MaxExits);
         }
@@ -526,8 +537,8 @@ impl Machine<Paused> {
 }
 
 impl Running {
-    /// Stops every CPU that was started and takes it back, in their order.
-    fn stop(self) -> Result<Vec<Vcpu>> {
+    /// Tells every CPU that was started to stop.
+    fn halt(&self) {
         let ended = self.ended.get().map(|(cpu, _)| *cpu);
         for cpu in &self.cpus {
             cpu.flag.stop();
@@ -537,6 +548,11 @@ impl Running {
                 std::thread::sleep(RETRY);
             }
         }
+    }
+
+    /// Stops every CPU that was started and takes it back, in their order.
+    fn stop(self) -> Result<Vec<Vcpu>> {
+        self.halt();
         let vcpus = self.cpus.into_iter().map(|cpu| cpu.worker.join()).collect();
         drop(self.virtio);
         vcpus

@@ -45,7 +45,7 @@ impl Machine<Paused> {
     /// # Errors
     /// The host cannot make it, or the snapshot is not as it was written, or of a machine of another kind.
     pub fn of(snapshot: &Snapshot, config: &Config, streams: &Streams) -> Result<Self> {
-        let mut machine = build_on(config, streams, |spans| snapshot.memory(spans))?;
+        let mut machine = build_on(config, streams, |spans| snapshot.memory(spans, || streams.bell()))?;
         machine.load(&snapshot.state, snapshot.passed())?;
         Ok(machine)
     }

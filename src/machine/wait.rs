@@ -16,6 +16,7 @@ use crate::arch;
 use crate::board;
 use crate::config::Config;
 use crate::control::State;
+use crate::error::lost;
 use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::sys::{self, lease};
@@ -52,7 +53,7 @@ impl Machine<Running> {
     /// can go on does, and is then looked at more and more seldom.
     ///
     /// # Errors
-    /// The host refuses to wait.
+    /// The host refuses to wait, or the machine's RAM is not as it was written.
     pub fn wait(mut self, life: &Life, streams: &mut Streams) -> Result<(Machine<Paused>, End)> {
         let mut looks = Looks::new(&self.config);
         let readiness = match watching(life, streams) {
@@ -66,6 +67,10 @@ impl Machine<Running> {
             streams.hold();
             let served = self.serve(&readiness, life, streams, &mut looks);
             streams.release();
+            if self.memory.broken().is_some() {
+                self.state.halt();
+                return Err(self.abandon(streams));
+            }
             let ended = self.state.ended.clone();
             let machine = self.pause()?;
             let served = served?;
@@ -81,6 +86,10 @@ impl Machine<Running> {
                 streams.control.is(State::Running);
                 continue;
             };
+            if machine.memory.broken().is_some() {
+                return Err(machine.abandon(streams));
+            }
+            machine.memory.note_touched();
             streams.control.has_ended();
             streams.finish(if matches!(end, End::Signal(_) | End::Quit) { IMPATIENCE } else { PATIENCE });
             return Ok((machine, end));
@@ -107,6 +116,9 @@ impl Machine<Running> {
             let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
             let patience = if ended.is_some() { Some(Duration::ZERO) } else { patience };
             readiness.wait(patience, &mut ready).context("epoll")?;
+            if self.memory.broken().is_some() {
+                return Ok(Served::End(End::Lost));
+            }
             if ready.contains(&SIGNALS) {
                 match signal(life, streams, &self.memory) {
                     Some(Served::End(End::Signal(sys::SIGTERM))) if !self.stops(&life.stopping) => {}
@@ -253,6 +265,9 @@ impl Machine<Paused> {
                 .min()
                 .map(|at| at.saturating_duration_since(Instant::now()));
             readiness.wait(patience, &mut ready).context("epoll")?;
+            if self.memory.broken().is_some() {
+                return Ok(Some(End::Lost));
+            }
             if ready.contains(&SIGNALS)
                 && let Some(Served::End(end)) = signal(life, streams, &self.memory)
             {
@@ -297,6 +312,18 @@ impl Machine<Paused> {
     fn go_on(self, life: &Life, streams: &Streams) -> Result<Machine<Running>> {
         self.state.vcpus.iter().for_each(|vcpu| arch::was_stopped(vcpu.fd()));
         self.resume(life, streams)
+    }
+}
+
+impl<S> Machine<S> {
+    /// Leaves a machine whose RAM is not what it should be to the end of the process: its threads may wait for RAM for ever,
+    /// and nobody may wait for them.
+    fn abandon(self, streams: &mut Streams) -> anyhow::Error {
+        let why = self.memory.broken().unwrap_or_default().to_owned();
+        std::mem::forget(self);
+        streams.control.has_ended();
+        streams.finish(PATIENCE);
+        lost(why).into()
     }
 }
 

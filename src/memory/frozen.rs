@@ -53,6 +53,7 @@ impl Memory {
         if self.all.private || self.all.hugepages {
             return Err(io::Error::other("its RAM is mapped from a snapshot, or made of huge pages"));
         }
+        self.settle();
         let guarded = Guarded::new()?;
         // What is given back to the host would be gone before it is kept.
         self.all.frozen.store(true, Ordering::SeqCst);

@@ -5,6 +5,7 @@
 //! guest-chosen address is ever followed unchecked. Invariant: an access outside RAM is an error, never a fault.
 
 mod frozen;
+mod lazy;
 mod mapping;
 pub mod pages;
 pub mod shown;
@@ -12,13 +13,15 @@ pub mod shown;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 pub use self::frozen::{Frozen, Waiting};
+use self::lazy::Lazy;
+pub use self::lazy::Source;
 use self::mapping::Mapping;
 use crate::error::refuse;
 use crate::host::sys::disk::Buffers;
@@ -26,7 +29,7 @@ use crate::host::sys::disk::Buffers;
 type Ram = vm_memory::GuestMemoryMmap<()>;
 
 /// A range of guest-physical addresses: `[start, start + size)`, never empty, never wrapping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Span {
     /// First address.
     pub start: u64,
@@ -79,6 +82,8 @@ pub struct Memory {
 }
 
 struct All {
+    /// Who puts it there as it is touched. Dropped before what it puts it in.
+    lazy: OnceLock<Lazy>,
     ram: Ram,
     /// Where the guest sees the mappings, in the same order.
     spans: Vec<Span>,
@@ -137,6 +142,7 @@ impl Memory {
         let ram = Ram::from_regions(regions).context("arranging guest RAM")?;
         Ok(Self {
             all: Arc::new(All {
+                lazy: OnceLock::new(),
                 ram,
                 spans,
                 mappings,
@@ -286,6 +292,7 @@ impl Memory {
     /// The parts of `span`, one mapping of [`Memory::slots`], that may hold anything but zeroes, in ascending order. To read
     /// the others would make them.
     pub fn touched(&self, span: Span) -> Vec<Span> {
+        self.settle();
         let mut both = self.all.ram.iter().zip(&self.all.mappings);
         let Some((region, mapping)) = both.find(|(region, _)| region.start_addr().0 == span.start) else {
             return vec![span];
@@ -300,6 +307,17 @@ impl Memory {
             parts.sort_unstable();
         }
         parts.into_iter().filter_map(|(at, size)| Span::new(span.start + at, size)).collect()
+    }
+
+    /// The parts of RAM that were touched since it was mapped from an image, or that the host has mapped with those; none
+    /// where the host does not say.
+    pub fn mapped(&self) -> Vec<Span> {
+        let both = self.all.spans.iter().zip(&self.all.mappings);
+        let of_one = |(span, mapping): (&Span, &Mapping)| {
+            let parts = pages::touched(mapping.start().addr(), span.size).unwrap_or_default();
+            parts.into_iter().filter_map(|(at, size)| Span::new(span.start + at, size)).collect::<Vec<_>>()
+        };
+        both.flat_map(of_one).collect()
     }
 
     /// Gives the host back what lies behind `span`, as far as it is whole pages of RAM; gives how many bytes that were.

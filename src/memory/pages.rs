@@ -45,6 +45,18 @@ pub fn data(file: &File, start: u64, size: u64) -> Vec<(u64, u64)> {
 /// # Errors
 /// The host does not say.
 pub fn own(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    which(host, size, |page| page & (PRESENT | SWAPPED) != 0 && page & OF_FILE == 0)
+}
+
+/// Those of the `size` bytes that are mapped at `host` that this process has touched, or the host with what lay beside.
+///
+/// # Errors
+/// The host does not say.
+pub fn touched(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    which(host, size, |page| page & (PRESENT | SWAPPED) != 0)
+}
+
+fn which(host: usize, size: u64, is: impl Fn(u64) -> bool) -> io::Result<Vec<(u64, u64)>> {
     let (page, map) = (super::page_size(), File::open("/proc/self/pagemap")?);
     let mut parts: Vec<(u64, u64)> = Vec::new();
     let mut bytes = vec![0; 8 * AT_ONCE];
@@ -54,8 +66,7 @@ pub fn own(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
         let (words, _) = bytes.get_mut(..8 * left.min(AT_ONCE)).unwrap_or_default().as_chunks_mut::<8>();
         map.read_exact_at(words.as_flattened_mut(), (host as u64 + at) / page * 8)?;
         for word in words {
-            let word = u64::from_ne_bytes(*word);
-            if word & (PRESENT | SWAPPED) != 0 && word & OF_FILE == 0 {
+            if is(u64::from_ne_bytes(*word)) {
                 match parts.last_mut() {
                     Some((start, long)) if *start + *long == at => *long += page,
                     _ => parts.push((at, page)),

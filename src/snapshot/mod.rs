@@ -5,6 +5,7 @@
 //! is read back is checked against a sum first, the manifest against `manifest.xxh64`.
 
 mod checked;
+mod lazy;
 mod ram;
 mod write;
 
@@ -12,6 +13,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
@@ -19,6 +21,7 @@ use serde::de::{DeserializeOwned, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use twox_hash::XxHash64;
 
+use self::lazy::{Coming, Noting, WorkingSet};
 use self::ram::{Image, Ram};
 pub use self::ram::{Moment, Watched};
 pub use self::write::{Taken, Target, Written};
@@ -27,6 +30,7 @@ use crate::board::SavedVm;
 use crate::bus::Saved;
 use crate::config::{Config, Size};
 use crate::error::{Refusal, refuse};
+use crate::host::output::Bell;
 use crate::host::say::printable;
 use crate::memory::{Memory, Span};
 
@@ -165,8 +169,20 @@ pub struct Snapshot {
     /// What its CPUs and devices hold.
     pub state: State,
     image: Image,
-    copy: bool,
+    working_set: WorkingSet,
+    /// What it is, is to be found out.
+    notes: bool,
+    way: Way,
     freeze_clock: bool,
+}
+
+/// How its RAM becomes that of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Mapped,
+    Copied,
+    /// As it is touched.
+    Lazy,
 }
 
 /// When the sums of RAM are compared.
@@ -177,6 +193,8 @@ pub enum Verify {
     /// Before the first one; a file that was compared and has not changed since is known.
     #[default]
     Once,
+    /// Of each 64 KiB when they are touched first; RAM is the machine's own then.
+    Lazy,
 }
 
 /// How a machine goes on from a snapshot.
@@ -188,6 +206,8 @@ pub struct How {
     pub copy: bool,
     /// Its clocks go on from where they were, and not from what it is now.
     pub freeze_clock: bool,
+    /// What it touches soon is noted, if that is not known, for those that go on from there later.
+    pub note: bool,
 }
 
 fn sum(bytes: &[u8]) -> Xxh64 {
@@ -313,13 +333,22 @@ impl Snapshot {
         let state = parse(&path, &bytes)?;
         let image = Image::open(folder.join(MEMORY), &manifest.memory, manifest.own)?;
         // Huge pages are no file's.
-        let copy = how.copy || manifest.config.hugepages;
-        // Whoever copies it compares every byte then.
-        if !copy {
+        let way = match how.verify {
+            _ if how.copy || manifest.config.hugepages => Way::Copied,
+            Verify::Lazy => Way::Lazy,
+            _ => Way::Mapped,
+        };
+        let working_set = WorkingSet::new(folder, manifest.own);
+        // The others compare what they read.
+        let mut notes = false;
+        if way == Way::Mapped {
             image.keep()?;
             image.check(how.verify)?;
+            let blocks = working_set.blocks();
+            image.want(&blocks);
+            notes = how.note && blocks.is_empty();
         }
-        Ok(Self { manifest, state, image, copy, freeze_clock: how.freeze_clock })
+        Ok(Self { manifest, state, image, working_set, notes, way, freeze_clock: how.freeze_clock })
     }
 
     /// How much later it is by now, as far as its guest is to know. A host whose clock was set back says nothing.
@@ -334,21 +363,35 @@ impl Snapshot {
     /// # Errors
     /// The host has no descriptor left.
     pub fn keep(&self) -> Result<Option<File>> {
-        (!self.copy).then(|| self.image.keep_too()).transpose()
+        (self.way == Way::Mapped).then(|| self.image.keep_too()).transpose()
+    }
+
+    /// Has what a machine with this RAM touches soon noted, if it is to be, as long as what it gives lives.
+    pub fn note(&self, memory: &Memory) -> Option<Noting> {
+        let spans = memory.slots().into_iter().map(|slot| slot.span);
+        let places = self.image.places(spans).ok().filter(|_| self.notes)?;
+        Noting::start(self.working_set.clone(), places, memory.clone())
     }
 
     /// The RAM of a machine that goes on from here, whose mappings these are; they are shared with the file, which never
-    /// changes, and what the machine writes is its own.
+    /// changes, and what the machine writes is its own. `bell` is rung where RAM that is compared when it is touched turns out
+    /// not to be as it was written.
     ///
     /// # Errors
     /// The file is not as it was written, or somebody writes to it, or the machine is another.
-    pub fn memory(&self, spans: &[Span]) -> Result<Memory> {
-        if self.copy {
-            let memory = Memory::new(spans, self.manifest.config.hugepages)?;
-            self.image.fill(&memory)?;
-            return Ok(memory);
+    pub fn memory(&self, spans: &[Span], bell: impl FnOnce() -> Bell) -> Result<Memory> {
+        match self.way {
+            Way::Mapped => self.image.map(spans),
+            Way::Copied => {
+                let memory = Memory::new(spans, self.manifest.config.hugepages)?;
+                self.image.fill(&memory)?;
+                Ok(memory)
+            }
+            Way::Lazy => {
+                let coming = Coming::new(&self.image, spans, &self.working_set)?;
+                Memory::lazy(spans, Arc::new(coming), bell())
+            }
         }
-        self.image.map(spans)
     }
 }
 

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -64,7 +65,7 @@ fn spans(memory: &Memory) -> impl Iterator<Item = Span> {
 type Part = (Span, u64);
 
 /// The part that an address lies in.
-fn part_of(places: &[(u64, Span)], addr: u64) -> Option<Part> {
+pub fn part_of(places: &[(u64, Span)], addr: u64) -> Option<Part> {
     let (start, span) = places.iter().find(|(_, span)| span.start <= addr && addr <= span.last())?;
     let at = (addr - span.start) / BLOCK * BLOCK;
     Some((Span { start: span.start + at, size: BLOCK.min(span.size - at) }, start + at))
@@ -244,11 +245,12 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// The file of a snapshot's RAM.
+#[derive(Clone)]
 pub struct Image {
     path: PathBuf,
     file: Arc<File>,
     /// By their numbers.
-    blocks: Vec<(u64, Xxh64)>,
+    blocks: Arc<[(u64, Xxh64)]>,
     bytes: u64,
     /// Of the manifest that they are in.
     told: Xxh64,
@@ -265,7 +267,7 @@ impl Image {
         if size != ram.bytes || !size.is_multiple_of(BLOCK) {
             return Err(broken(&path, &format!("it has {size} bytes and was written with {}", ram.bytes)).into());
         }
-        let blocks = ram.blocks.clone();
+        let blocks: Arc<[_]> = ram.blocks.as_slice().into();
         let in_order = blocks.is_sorted_by(|(block, _), (next, _)| block < next);
         if !in_order || blocks.iter().any(|(block, _)| block.checked_mul(BLOCK).is_none_or(|at| at >= size)) {
             bail!("the blocks of RAM are not in their order, or beyond its end");
@@ -330,8 +332,17 @@ impl Image {
         Ok(())
     }
 
+    /// Has the host read these blocks ahead, if it has not already; nobody waits for it.
+    pub fn want(&self, blocks: &[u64]) {
+        use rustix::fs::{Advice, fadvise};
+        for block in blocks {
+            let at = block.saturating_mul(BLOCK);
+            let _ = fadvise(&*self.file, at, NonZeroU64::new(BLOCK), Advice::WillNeed);
+        }
+    }
+
     /// The blocks that hold anything. What is not in the manifest reads as zeroes, or somebody else has written it.
-    fn there(&self) -> Vec<u64> {
+    pub fn there(&self) -> Vec<u64> {
         let parts = pages::data(&self.file, 0, self.bytes).into_iter();
         let there = parts.flat_map(|(at, size)| at / BLOCK..(at + size).div_ceil(BLOCK));
         let mut all: Vec<u64> = self.blocks.iter().map(|(block, _)| *block).chain(there).collect();
@@ -341,7 +352,7 @@ impl Image {
     }
 
     /// Reads a block, and compares it with its sum.
-    fn read(&self, block: u64, bytes: &mut [u8; BLOCK as usize]) -> Result<()> {
+    pub fn read(&self, block: u64, bytes: &mut [u8; BLOCK as usize]) -> Result<()> {
         let at = block * BLOCK;
         self.file.read_exact_at(bytes, at).with_context(|| format!("reading {}", self.path.display()))?;
         let known =
@@ -355,7 +366,7 @@ impl Image {
     }
 
     /// Where the mappings of a machine are in the file.
-    fn places(&self, spans: impl IntoIterator<Item = Span>) -> Result<Vec<(u64, Span)>> {
+    pub fn places(&self, spans: impl IntoIterator<Item = Span>) -> Result<Vec<(u64, Span)>> {
         let (places, bytes) = places(spans);
         anyhow::ensure!(bytes == self.bytes, "there is RAM that the machine has not, or less than it has");
         Ok(places)

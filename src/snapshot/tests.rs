@@ -16,8 +16,13 @@ fn ram() -> Memory {
     Memory::new(&spans(), false).unwrap()
 }
 
-const COPY: How = How { verify: Verify::Always, copy: true, freeze_clock: true };
-const MAP: How = How { verify: Verify::Always, copy: false, freeze_clock: true };
+const COPY: How = How { verify: Verify::Always, copy: true, freeze_clock: true, note: false };
+const LAZY: How = How { verify: Verify::Lazy, copy: false, freeze_clock: true, note: false };
+const MAP: How = How { verify: Verify::Always, copy: false, freeze_clock: true, note: false };
+
+fn bell() -> Bell {
+    Bell::new().unwrap()
+}
 
 /// Some of it written.
 fn written() -> Memory {
@@ -84,14 +89,14 @@ fn what_was_written_is_read() {
     for how in [MAP, COPY] {
         let snapshot = Snapshot::open(&path, how).unwrap();
         assert_eq!((&snapshot.state, snapshot.manifest.config.rng), (&state(), Some(Switch::On)));
-        let memory = snapshot.memory(&spans()).unwrap();
+        let memory = snapshot.memory(&spans(), bell).unwrap();
         assert!(all(&memory) == all(&written()) && memory.is_of_an_image() != how.copy);
         // What came of a snapshot is one again.
         memory.write(12 * BLOCK, b"new").unwrap();
         let again = folder.path().join(format!("again-{}", how.copy));
         write(&at(&again), "guest", &Config::default(), &state(), &memory).unwrap();
         let after = Snapshot::open(&again, how).unwrap();
-        assert!(all(&after.memory(&spans()).unwrap()) == all(&memory));
+        assert!(all(&after.memory(&spans(), bell).unwrap()) == all(&memory));
         assert_eq!(after.manifest.memory.kept(), 7 * BLOCK);
         std::fs::remove_dir_all(again).unwrap();
     }
@@ -132,7 +137,7 @@ fn a_snapshot_never_changes_and_nothing_is_left_of_one_that_failed() {
 
 /// What opening it and making RAM of it say: the same, mapped or copied.
 fn looked_at(path: &Path) -> Result<()> {
-    let told = [MAP, COPY].map(|how| Snapshot::open(path, how)?.memory(&spans()).map(drop));
+    let told = [MAP, COPY].map(|how| Snapshot::open(path, how)?.memory(&spans(), bell).map(drop));
     let [mapped, copied] = &told;
     assert_eq!(mapped.is_err(), copied.is_err(), "{mapped:?} {copied:?}");
     let [told, _] = told;
@@ -228,4 +233,128 @@ fn a_disk_that_has_changed_since_is_found() {
     std::fs::remove_file(&disk).unwrap();
     assert!(Snapshot::open(&path, MAP).is_err());
     assert!(write(&at(&folder.path().join("two.partial")), "guest", &config, &state(), &ram()).is_err());
+}
+
+/// Whether this host has what it takes to compare RAM when it is touched; said where it has not.
+fn can_wait() -> bool {
+    let can = crate::host::sys::userfault::Guarded::first();
+    if let Err(e) = &can {
+        crate::host::skipped(&format!("no userfaultfd here: {e}"));
+    }
+    can.is_ok()
+}
+
+/// Bytes of RAM that are there.
+fn there(file: &str) -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mapping = maps.split_once(&format!("{file}-")).map_or("", |(_, rest)| rest);
+    let line = mapping.lines().find(|line| line.starts_with("Rss:")).unwrap_or_default();
+    line.split_whitespace().nth(1).map_or(0, |count| count.parse::<u64>().unwrap() << 10)
+}
+
+#[test]
+fn ram_comes_when_it_is_touched_and_the_next_time_before() {
+    if !can_wait() {
+        return;
+    }
+    let (folder, path) = snapshot();
+    let lazy = || {
+        let memory = Snapshot::open(&path, LAZY).unwrap().memory(&spans(), bell).unwrap();
+        let place = format!("{:x}", memory.slots()[0].host);
+        (memory, move || there(&place))
+    };
+    let (memory, here) = lazy();
+    assert_eq!((here(), memory.is_of_an_image()), (0, false));
+    let mut byte = [9];
+    // What is zeroes comes too, and what is given back comes again.
+    for (at, value, blocks) in [(15 * BLOCK + 5, 0, 1), (5 * BLOCK - 2, 1, 2), (4 * BLOCK, 0, 2)] {
+        memory.read(at, &mut byte).unwrap();
+        assert_eq!((byte[0], here()), (value, blocks * BLOCK), "{at:#x}");
+    }
+    memory.write(5 * BLOCK - 2, &[7]).unwrap();
+    assert_eq!(memory.give_back(Span { start: 5 * BLOCK - PAGE, size: PAGE }), PAGE);
+    memory.read(5 * BLOCK - 2, &mut byte).unwrap();
+    assert_eq!((byte, here()), ([1], 2 * BLOCK));
+    memory.note_touched();
+    // It is a snapshot's again, in whole.
+    memory.write(12 * BLOCK, b"new").unwrap();
+    let again = folder.path().join("again");
+    write(&at(&again), "guest", &Config::default(), &state(), &memory).unwrap();
+    let after = Snapshot::open(&again, COPY).unwrap();
+    assert!(all(&after.memory(&spans(), bell).unwrap()) == all(&memory));
+    assert_eq!((after.manifest.memory.kept(), memory.broken()), (7 * BLOCK, None));
+    let (memory, here) = lazy();
+    let until = std::time::Instant::now() + Duration::from_secs(10);
+    while here() < 2 * BLOCK && std::time::Instant::now() < until {
+        std::thread::yield_now();
+    }
+    assert_eq!(here(), 2 * BLOCK);
+    assert!(all(&memory) == all(&written()));
+    // What was noted of another snapshot, or is not as it was noted, is nothing.
+    let noted = WorkingSet::new(&path, Manifest::open(&path).unwrap().own);
+    assert_eq!(noted.blocks(), [15, 4]);
+    assert!(WorkingSet::new(&path, Xxh64(5)).blocks().is_empty());
+    let beside = folder.path().join("one.working-set");
+    let bytes = std::fs::read(&beside).unwrap();
+    for (at, bit) in (0..bytes.len()).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 1 << bit;
+        std::fs::write(&beside, bytes).unwrap();
+        assert!(noted.blocks().is_empty(), "{at} {bit}");
+    }
+}
+
+#[test]
+fn what_a_machine_touches_soon_is_known_the_next_time() {
+    let (_folder, path) = snapshot();
+    let open = || Snapshot::open(&path, How { note: true, ..MAP }).unwrap();
+    let noted = || WorkingSet::new(&path, Manifest::open(&path).unwrap().own).blocks();
+    let snapshot = open();
+    let memory = snapshot.memory(&spans(), bell).unwrap();
+    let noting = snapshot.note(&memory).unwrap();
+    memory.read(15 * BLOCK + 5, &mut [0]).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    memory.read((1 << 32) + 3 * BLOCK, &mut [0]).unwrap();
+    assert!(noted().is_empty());
+    // The machine ends.
+    drop(noting);
+    let (blocks, last) = (noted(), 20);
+    assert!(blocks.contains(&15) && blocks.last() == Some(&last), "{blocks:?}");
+    assert!(blocks.len() <= 4 && open().note(&memory).is_none(), "{blocks:?}");
+    // Nobody asked for it.
+    std::fs::remove_file(path.with_extension("working-set")).unwrap();
+    assert!(Snapshot::open(&path, MAP).unwrap().note(&memory).is_none());
+}
+
+#[test]
+fn who_touches_what_is_not_as_it_was_written_never_goes_on() {
+    if !can_wait() {
+        return;
+    }
+    let (_folder, path) = snapshot();
+    let file = File::options().write(true).open(path.join(MEMORY)).unwrap();
+    // One block has another byte, one was zeroes.
+    for wrong in [4 * BLOCK, 2 * BLOCK] {
+        file.write_all_at(&[1], wrong).unwrap();
+        let memory = Snapshot::open(&path, LAZY).unwrap().memory(&spans(), bell).unwrap();
+        let mut byte = [0];
+        memory.read(0, &mut byte).unwrap();
+        assert_eq!((byte, memory.broken()), ([1], None));
+        let (reader, (went_on, goes_on)) = (memory.clone(), std::sync::mpsc::channel());
+        std::thread::spawn(move || {
+            let _ = reader.read(wrong + 100, &mut [0]);
+            let _ = went_on.send(());
+        });
+        let why = loop {
+            match memory.broken() {
+                Some(why) => break why,
+                None => std::thread::yield_now(),
+            }
+        };
+        assert!(why.ends_with(&format!("the 65536 bytes at {wrong:#x} are not as they were written")), "{why}");
+        assert!(goes_on.recv_timeout(Duration::from_millis(50)).is_err());
+        // They wait to the end of this process.
+        std::mem::forget(memory);
+        file.write_all_at(&[0], wrong).unwrap();
+    }
 }

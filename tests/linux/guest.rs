@@ -94,9 +94,9 @@ impl Guest {
     }
 
     /// Goes on where a snapshot was written.
-    pub fn restore(folder: &Path) -> Self {
+    pub fn restore(folder: &Path, verify: &str) -> Self {
         let mut command = Command::new(common::program());
-        command.arg("restore").arg(folder);
+        command.args(["restore", "--verify", verify]).arg(folder);
         Self::spawn(command)
     }
 

@@ -28,8 +28,8 @@ impl Shell {
     }
 
     /// One that waits at its shell in a snapshot of a machine.
-    pub fn restore(folder: &Path) -> Self {
-        Self { guest: Guest::restore(folder), asked: 0 }
+    pub fn restore(folder: &Path, verify: &str) -> Self {
+        Self { guest: Guest::restore(folder, verify), asked: 0 }
     }
 
     /// What a command prints.

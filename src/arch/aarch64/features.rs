@@ -22,7 +22,7 @@ pub const FEATURES: &[Feature] = &[
         "(later) pointer authentication in guests",
         "none needed yet",
     ),
-    feature(Cap::SignalMsi, "SIGNAL_MSI", false, "(later) MSI interrupts", "none needed yet"),
+    feature(Cap::SignalMsi, "SIGNAL_MSI", false, "message-signalled interrupts (--msi its)", "devices use their lines"),
     feature(Cap::VcpuEvents, "VCPU_EVENTS", false, "snapshots", "do without"),
 ];
 

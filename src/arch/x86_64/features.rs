@@ -12,8 +12,8 @@ pub const FEATURES: &[Feature] = &[
     feature(Cap::Irqchip, "IRQCHIP", false, "--irqchip kernel", "use --irqchip none, with one CPU"),
     feature(Cap::Pit2, "PIT2", false, "--irqchip kernel", "use --irqchip none, with one CPU"),
     feature(Cap::SplitIrqchip, "SPLIT_IRQCHIP", false, "--irqchip split", "--irqchip kernel does without"),
-    feature(Cap::Xsave, "XSAVE", false, "(later) snapshots", "none needed yet"),
-    feature(Cap::AdjustClock, "ADJUST_CLOCK", false, "(later) clocks of snapshots", "none needed yet"),
+    feature(Cap::Xsave, "XSAVE", false, "snapshots", "do without"),
+    feature(Cap::AdjustClock, "ADJUST_CLOCK", false, "snapshots: the guest's clock", "do without"),
     feature(Cap::X2ApicApi, "X2APIC_API", false, "(later) more than 255 CPUs", "none needed yet"),
     feature(
         Cap::TscDeadlineTimer,
@@ -22,13 +22,12 @@ pub const FEATURES: &[Feature] = &[
         "local APIC timers of guests",
         "guests use the other timer modes",
     ),
-    feature(Cap::IrqfdResample, "IRQFD_RESAMPLE", false, "(later) level-triggered interrupts", "none needed yet"),
-    feature(Cap::SignalMsi, "SIGNAL_MSI", false, "(later) MSI interrupts", "none needed yet"),
-    feature(Cap::KvmclockCtrl, "KVMCLOCK_CTRL", false, "(later) paused guests' clocks", "none needed yet"),
-    feature(Cap::TscControl, "TSC_CONTROL", false, "(later) clones on other hosts", "none needed yet"),
-    feature(Cap::VcpuEvents, "VCPU_EVENTS", false, "(later) snapshots", "none needed yet"),
-    feature(Cap::Debugregs, "DEBUGREGS", false, "(later) snapshots", "none needed yet"),
-    feature(Cap::Xcrs, "XCRS", false, "(later) snapshots", "none needed yet"),
+    feature(Cap::SignalMsi, "SIGNAL_MSI", false, "--irqchip split", "--irqchip kernel does without"),
+    feature(Cap::KvmclockCtrl, "KVMCLOCK_CTRL", false, "guests that stood still complain of no stall", "none needed"),
+    feature(Cap::TscControl, "TSC_CONTROL", false, "snapshots of hosts with another TSC frequency", "do without"),
+    feature(Cap::VcpuEvents, "VCPU_EVENTS", false, "snapshots", "do without"),
+    feature(Cap::Debugregs, "DEBUGREGS", false, "snapshots", "do without"),
+    feature(Cap::Xcrs, "XCRS", false, "snapshots", "do without"),
 ];
 
 /// Numbers worth knowing of this host.

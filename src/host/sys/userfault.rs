@@ -7,18 +7,21 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 
-/// UFFD_API, and what is needed of it: write protection, also of memory files (Linux 5.19; arm64: 6.10), and to be told of
-/// what is touched first in those.
+/// UFFD_API, and what is needed of it: to be told of what is touched first in memory files; and write protection, also of
+/// those (Linux 5.19; arm64: 6.10).
 const API: u64 = 0xaa;
-const FEATURES: u64 = 1 | 1 << 5 | 1 << 12;
-/// UFFDIO_API, UFFDIO_REGISTER, UFFDIO_ZEROPAGE, UFFDIO_WRITEPROTECT, UFFDIO_WAKE
+const OF_FIRST: u64 = 1 << 5;
+const OF_WRITES: u64 = 1 | 1 << 12;
+/// UFFDIO_API, UFFDIO_REGISTER, UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_WRITEPROTECT, UFFDIO_WAKE
 const UFFDIO_API: u64 = request(BOTH, 0x3f, size_of::<[u64; 3]>());
 const UFFDIO_REGISTER: u64 = request(BOTH, 0x00, size_of::<[u64; 4]>());
+const UFFDIO_COPY: u64 = request(BOTH, 0x03, size_of::<[u64; 5]>());
 const UFFDIO_ZEROPAGE: u64 = request(BOTH, 0x04, size_of::<[u64; 4]>());
 const UFFDIO_WRITEPROTECT: u64 = request(BOTH, 0x06, size_of::<[u64; 3]>());
 const UFFDIO_WAKE: u64 = request(READ, 0x02, size_of::<[u64; 2]>());
 /// UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP; UFFDIO_WRITEPROTECT_MODE_WP
-const REGISTER: u64 = 1 | 2;
+const FIRST: u64 = 1;
+const WRITES: u64 = 2;
 const WP: u64 = 1;
 /// Bytes of `struct uffd_msg`, whose first is UFFD_EVENT_PAGEFAULT, whose second word are flags and whose third is the address.
 const MESSAGE: usize = 32;
@@ -43,8 +46,12 @@ pub enum Fault {
     First(usize),
 }
 
-/// Memory that nobody writes to unasked.
-pub struct Guarded(File);
+/// Memory that nobody writes to unasked, or touches first.
+pub struct Guarded {
+    file: File,
+    /// What whoever does waits for, as [`Guarded::register`] says it.
+    mode: u64,
+}
 
 impl Guarded {
     /// None yet.
@@ -53,18 +60,31 @@ impl Guarded {
     /// The host has no such thing, or not for this user: faults inside KVM count too, so it takes root, CAP_SYS_PTRACE or
     /// vm.unprivileged_userfaultfd=1.
     pub fn new() -> io::Result<Self> {
+        Self::of(OF_FIRST | OF_WRITES, FIRST | WRITES)
+    }
+
+    /// The same for memory that anybody may write to once it was touched.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn first() -> io::Result<Self> {
+        Self::of(OF_FIRST, FIRST)
+    }
+
+    fn of(features: u64, mode: u64) -> io::Result<Self> {
         // SAFETY: a plain call.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
         // SAFETY: the call has just given it to us alone.
-        let own = Self(unsafe { File::from_raw_fd(fd) });
-        own.ask(UFFDIO_API, &mut [API, FEATURES, 0])?;
+        let file = unsafe { File::from_raw_fd(fd) };
+        let own = Self { file, mode };
+        own.ask(UFFDIO_API, &mut [API, features, 0])?;
         Ok(own)
     }
 
     fn ask<const N: usize>(&self, request: u64, words: &mut [u64; N]) -> io::Result<()> {
         // SAFETY: the kernel reads and writes so many words, which the request's number says.
-        match unsafe { libc::ioctl(self.0.as_raw_fd(), request, words.as_mut_ptr()) } {
+        match unsafe { libc::ioctl(self.file.as_raw_fd(), request, words.as_mut_ptr()) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
@@ -75,7 +95,7 @@ impl Guarded {
     /// # Errors
     /// It is of a kind that cannot be: neither a memory file nor anonymous.
     pub fn register(&self, start: usize, size: usize) -> io::Result<()> {
-        self.ask(UFFDIO_REGISTER, &mut [start as u64, size as u64, REGISTER, 0])
+        self.ask(UFFDIO_REGISTER, &mut [start as u64, size as u64, self.mode, 0])
     }
 
     /// Guards whole pages of what was registered, from now on.
@@ -108,10 +128,33 @@ impl Guarded {
         }
     }
 
+    /// Puts `bytes`, whole pages of them, on memory that nobody touched yet; what somebody did stays as it is. Who waits for
+    /// any of it goes on.
+    ///
+    /// # Errors
+    /// It was not registered, or the host has no memory left.
+    pub fn put(&self, start: usize, bytes: &[u8]) -> io::Result<()> {
+        let (mut done, page) = (0, rustix::param::page_size());
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            let mut words = [(start + done) as u64, rest.as_ptr().expose_provenance() as u64, rest.len() as u64, 0, 0];
+            let asked = self.ask(UFFDIO_COPY, &mut words);
+            let [.., copied] = words;
+            // As many bytes as it says, or none and why.
+            let copied = usize::try_from(copied.cast_signed()).unwrap_or(0);
+            match asked {
+                Err(e) if copied == 0 && e.kind() == io::ErrorKind::AlreadyExists => done += page,
+                Err(e) if copied == 0 && e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+                _ => done += copied,
+            }
+        }
+        // Nobody was told of what was there.
+        self.ask(UFFDIO_WAKE, &mut [start as u64, bytes.len() as u64])
+    }
+
     /// Who waits, if anybody does who was not told of yet.
     pub fn waiting(&self) -> Option<Fault> {
         let mut message = [0; MESSAGE];
-        let count = (&self.0).read(&mut message).ok()?;
+        let count = (&self.file).read(&mut message).ok()?;
         let (words, _) = message.as_chunks::<8>();
         let [_, flags, address, ..] = words else { return None };
         (count == MESSAGE && message.first() == Some(&PAGEFAULT)).then_some(())?;
@@ -122,7 +165,7 @@ impl Guarded {
 
 impl AsFd for Guarded {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
@@ -140,6 +183,7 @@ mod tests {
         assert_eq!(UFFDIO_API, 0xc018_aa3f);
         assert_eq!(UFFDIO_REGISTER, 0xc020_aa00);
         assert_eq!(UFFDIO_WRITEPROTECT, 0xc018_aa06);
+        assert_eq!(UFFDIO_COPY, 0xc028_aa03);
         assert_eq!(UFFDIO_ZEROPAGE, 0xc020_aa04);
         assert_eq!(UFFDIO_WAKE, 0x8010_aa02);
     }

@@ -201,9 +201,35 @@ fn restores(place: &Place) -> Result<()> {
     }
     println!("| min / p50 / p99, ms | 1 GiB | 16 MiB | ratio, min / p50 | promised |\n|---|---|---|---|---|");
     println!("{} |\n", pair.line("3. `bantam restore`, process start to end after one exit", 1e6, 2, Some(GROWTH)));
+    checks(place)?;
     for mib in sizes {
         fs::remove_dir_all(place.folder.join(format!("t{mib}.snapshot")))?;
     }
+    Ok(())
+}
+
+/// What comparing its sums costs a restore: it is the same machine each time.
+fn checks(place: &Place) -> Result<()> {
+    let mut all = ["once", "always", "lazy"].map(|when| (when, Series::default()));
+    for round in 0..=place.runs {
+        for (when, times) in &mut all {
+            let words = format!("restore t1024.snapshot --serial none --max-exits 1 --verify {when}");
+            let mut command = place.bantam(&words);
+            let start = Instant::now();
+            let status = command.status()?;
+            let time = start.elapsed();
+            ensure!(status.code() == Some(124), "{}: {status}", sh::words(&command));
+            // The first one with `once` compares all.
+            if round > 0 {
+                times.0.push(time.as_nanos() as f64);
+            }
+        }
+    }
+    println!("| the same of 1 GiB, ms, min / p50 / p99 | |\n|---|---|");
+    for (when, times) in all {
+        println!("| --verify {when} | {} |", times.cell(1e6, 2));
+    }
+    println!();
     Ok(())
 }
 

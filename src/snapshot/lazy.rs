@@ -1,0 +1,175 @@
+//! RAM of a snapshot that is read, and compared with its sums, when it is touched; and what was touched soon the last time.
+//!
+//! Invariant: what was noted is no part of the snapshot: it lies beside it, and where it is not as it was written, or of
+//! another moment, there is none.
+
+use std::collections::HashSet;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::ram::{BLOCK, Image, part_of};
+use super::{Xxh64, sum, take};
+use crate::event::{Edge, Readiness, Worker};
+use crate::host::file;
+use crate::host::output::Bell;
+use crate::memory::{Memory, Source, Span};
+
+/// How many blocks are read ahead at most.
+const MOST: usize = 1 << 16;
+
+/// The blocks of RAM that a machine touched soon, in that order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Noted {
+    /// The sum of the manifest of the snapshot.
+    of: Xxh64,
+    blocks: Vec<u64>,
+}
+
+/// Where that is.
+#[derive(Debug, Clone)]
+pub struct WorkingSet {
+    path: PathBuf,
+    of: Xxh64,
+}
+
+impl WorkingSet {
+    /// That of a snapshot, whose manifest has this sum.
+    pub fn new(folder: &Path, of: Xxh64) -> Self {
+        let mut path = folder.components().as_path().as_os_str().to_owned();
+        path.push(".working-set");
+        Self { path: path.into(), of }
+    }
+
+    /// The blocks; none where none were noted.
+    pub fn blocks(&self) -> Vec<u64> {
+        let read = || {
+            let bytes = take(&self.path).ok()?;
+            let (digits, noted) = bytes.split_at_checked(16)?;
+            (digits == sum(noted).to_string().as_bytes()).then_some(())?;
+            let Noted { of, mut blocks } = serde_json::from_slice(noted).ok()?;
+            blocks.truncate(MOST);
+            (of == self.of).then_some(blocks)
+        };
+        read().unwrap_or_default()
+    }
+
+    /// Notes them. Who cannot has none the next time.
+    pub fn note(&self, blocks: Vec<u64>) {
+        let write = |mut file: std::fs::File| {
+            let noted = serde_json::to_vec(&Noted { of: self.of, blocks })?;
+            file.write_all(sum(&noted).to_string().as_bytes())?;
+            Ok(file.write_all(&noted)?)
+        };
+        let _ = file::replace(&self.path, None, write);
+    }
+}
+
+/// When it is looked at what a machine has touched that shares its RAM with the file: milliseconds after its start.
+const LOOKS: [u64; 6] = [3, 10, 30, 100, 300, 1000];
+/// More RAM than that takes too long to look at.
+const TOO_MUCH: u64 = 16 << 30;
+
+/// A thread that looks at what a machine touches soon, to the machine's end at most.
+pub struct Noting {
+    worker: Option<Worker<()>>,
+    end: Bell,
+}
+
+impl Noting {
+    /// Begins. None where it cannot.
+    pub fn start(working_set: WorkingSet, places: Vec<(u64, Span)>, memory: Memory) -> Option<Self> {
+        let size = places.iter().map(|(_, span)| span.size).sum::<u64>();
+        let end = Bell::new().ok().filter(|_| size <= TOO_MUCH)?;
+        let readiness = Readiness::new().ok()?;
+        readiness.watch(&end, 0, Edge::Level).ok()?;
+        let worker = Worker::start("working set".into(), move || {
+            let (begun, mut ready) = (Instant::now(), Vec::new());
+            let (mut blocks, mut once) = (Vec::new(), HashSet::new());
+            for look in LOOKS.map(Duration::from_millis) {
+                while ready.is_empty() && begun.elapsed() < look {
+                    let left = look.saturating_sub(begun.elapsed());
+                    if readiness.wait(Some(left), &mut ready).is_err() {
+                        return;
+                    }
+                }
+                for part in memory.mapped() {
+                    let parts = (part.start..=part.last()).step_by(BLOCK as usize).chain([part.last()]);
+                    let of = parts.filter_map(|addr| part_of(&places, addr)).map(|(_, at)| at / BLOCK);
+                    blocks.extend(of.filter(|block| once.insert(*block)));
+                }
+                if !ready.is_empty() {
+                    break;
+                }
+            }
+            working_set.note(blocks);
+        });
+        Some(Self { worker: Some(worker.ok()?), end })
+    }
+}
+
+impl Drop for Noting {
+    fn drop(&mut self) {
+        self.end.ring();
+        let _ = self.worker.take().map(Worker::join);
+    }
+}
+
+/// RAM as it comes.
+pub struct Coming {
+    image: Image,
+    places: Vec<(u64, Span)>,
+    working_set: WorkingSet,
+}
+
+impl Coming {
+    /// That of a machine whose mappings these are.
+    ///
+    /// # Errors
+    /// The machine is another.
+    pub fn new(image: &Image, spans: &[Span], working_set: &WorkingSet) -> Result<Self> {
+        let places = image.places(spans.iter().copied())?;
+        Ok(Self { image: image.clone(), places, working_set: working_set.clone() })
+    }
+
+    /// Where a block is in RAM.
+    fn span(&self, block: u64) -> Option<Span> {
+        let at = block.checked_mul(BLOCK)?;
+        let (start, span) = self.places.iter().rev().find(|(start, _)| *start <= at)?;
+        Some(part_of(&self.places, span.start.checked_add(at - start)?)?.0)
+    }
+}
+
+impl Source for Coming {
+    fn part(&self, addr: u64) -> Option<Span> {
+        Some(part_of(&self.places, addr)?.0)
+    }
+
+    fn read(&self, part: Span, into: &mut [u8]) -> Result<()> {
+        let (_, at) = part_of(&self.places, part.start).context("it is not RAM")?;
+        let mut bytes = [0; BLOCK as usize];
+        self.image.read(at / BLOCK, &mut bytes)?;
+        let bytes = bytes.get(..into.len()).context("more than a block")?;
+        into.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn parts(&self) -> Vec<Span> {
+        self.image.there().into_iter().filter_map(|block| self.span(block)).collect()
+    }
+
+    fn ahead(&self) -> Vec<Span> {
+        let mut once = HashSet::new();
+        let blocks = self.working_set.blocks().into_iter();
+        blocks.filter_map(|block| self.span(block)).filter(|span| once.insert(*span)).collect()
+    }
+
+    fn note(&self, parts: &[Span]) {
+        let block = |part: &Span| part_of(&self.places, part.start).map(|(_, at)| at / BLOCK);
+        self.working_set.note(parts.iter().filter_map(block).collect());
+    }
+}
