@@ -200,6 +200,34 @@ fn perl(folder: &Path) -> (PathBuf, String) {
     (to, format!("{} --library-path {folders} {}", find("/ld-"), find("bin/perl")))
 }
 
+/// Whoever reads in a guest that goes on elsewhere would wait for ever for a host that never heard of it.
+#[test]
+fn a_guest_that_goes_on_hears_that_its_vsock_connections_are_gone() {
+    if !common::kvm() || guest::kernel(KERNEL).is_none() || !common::have("perl") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, (archive, perl)) = (folder.path().join("v"), perl(folder.path()));
+    let server = UnixListener::bind(folder.path().join("v_1234")).unwrap();
+    let name = format!("vsock-{}", std::process::id());
+    let words = format!("--name {name} --vsock cid=7,path={} --initrd {}", path.display(), archive.display());
+    let Some(mut guest) = shell(&words, VSOCK) else { return };
+    let call = "socket(C, 40, 1, 0); connect(C, pack(\"SSLLx4\", 40, 0, 1234, 2)) or die $!; \
+        print \"op\", \"en\\n\"; print sysread(C, $b, 1) // \"lo\", \"st\\n\"";
+    guest.begin(&format!("{perl} -e '$|=1; {call}'"));
+    let stream = accept_unix(&server);
+    guest.until("open");
+    let kept = folder.path().join("kept");
+    common::bantam(&format!("snapshot {name} {}", kept.display())).run().expect(0);
+    // The first goes on with it.
+    (&stream).write_all(b"x").unwrap();
+    guest.until("1st");
+    guest.leave("poweroff -f\n");
+    let mut again = Shell::restore(&kept, "once");
+    again.until("lost");
+    again.leave("poweroff -f\n");
+}
+
 #[test]
 fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
     if guest::kernel(KERNEL).is_none() || !common::have("perl") {

@@ -10,6 +10,7 @@ use super::{Machine, Paused, build_on};
 use crate::config::Config;
 use crate::snapshot::{Snapshot, State, Taken};
 use crate::vcpu::Vcpu;
+use crate::virtio::worker::Devices;
 use crate::vm::kvm;
 use crate::{arch, board};
 
@@ -59,6 +60,9 @@ impl Machine<Paused> {
         // A guest that waits for input asked for it in its former life; nobody else is at the device yet.
         let _ = machine.board.buses.service(machine.board.serial);
         board::renew(&machine.board, &machine.memory)?;
+        if let Some(bench) = &machine.board.bench {
+            bench.with(Devices::renew);
+        }
         Ok(machine)
     }
 

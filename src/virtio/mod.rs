@@ -104,6 +104,9 @@ pub trait VirtioDevice: Send {
     /// Finishes or gives up all that is in flight: afterwards no chain is out and nothing writes to guest RAM.
     fn drain(&mut self, _active: &mut Active) {}
 
+    /// The machine that goes on with its driver is another one than that which the driver began in.
+    fn renew(&mut self) {}
+
     /// Its volatile state.
     fn save(&self) -> Saved;
 

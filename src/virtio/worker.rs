@@ -127,6 +127,11 @@ impl Devices {
         self.lent.iter_mut().for_each(|(id, lent)| serve(track, *id, lent, Wake::Start));
     }
 
+    /// Tells all devices that their machine is another one now.
+    pub fn renew(&mut self) {
+        self.lent.values_mut().for_each(|lent| lent.device.renew());
+    }
+
     /// Waits for something to do, and does it.
     fn turn(&mut self, patience: Option<Duration>, ready: &mut Vec<u64>) {
         // A host that refuses to wait is out of memory for good; the devices stand still and the machine does not.

@@ -61,11 +61,11 @@ const JOBS: [Job; 13] = [
     },
     Job { name: "linux-x86_64", count: PAIRINGS, chunk: 3, sample: false, command: &hosted("x86_64", KERNELS) },
     Job { name: "linux-arm64", count: PAIRINGS, chunk: 9, sample: false, command: &hosted("arm64", KERNELS) },
-    Job { name: "reboot-x86_64", count: 1000, chunk: 20, sample: false, command: &hosted("x86_64", LIVES) },
+    Job { name: "reboot-x86_64", count: 1000, chunk: 100, sample: false, command: &hosted("x86_64", LIVES) },
     Job { name: "reboot-arm64", count: 1000, chunk: 50, sample: false, command: &hosted("arm64", LIVES) },
     // Streams of 4 MiB each way: 1 GiB in all.
     Job { name: "tap", count: 256, chunk: 16, sample: false, command: &hosted("x86_64", STREAMS) },
-    Job { name: "power", count: 500, chunk: 10, sample: false, command: &hosted("x86_64", KILLS) },
+    Job { name: "power", count: 500, chunk: 50, sample: false, command: &hosted("x86_64", KILLS) },
     Job {
         name: "snapshot-kills",
         count: 1000,

@@ -55,7 +55,10 @@ const FIRST_PORT: u32 = 1 << 30;
 /// VIRTIO_VSOCK_F_STREAM
 const F_STREAM: u64 = 1;
 
-/// Queues: to the guest, from it, and for events, of which there is none.
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (§5.10.6.7): all connections are gone, and the guest's cid may be another.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
+
+/// Queues: to the guest, from it, and for events, of which there is one.
 const KIND: Kind = Kind { name: "virtio-vsock", id: 19, class: 0x07_8000, queues: &[256, 256, 64] };
 
 /// A connection's ports: the guest's, the host's.
@@ -95,6 +98,8 @@ pub struct Vsock {
     /// Rung where events are left for the next turn.
     bell: Bell,
     // State
+    /// The guest is to hear that its connections are gone.
+    moved: bool,
     newcomers: VecDeque<Newcomer>,
     next_newcomer: u32,
     next_port: u32,
@@ -144,6 +149,7 @@ impl Vsock {
             inside,
             ready: Vec::new(),
             bell,
+            moved: false,
             newcomers: VecDeque::new(),
             next_newcomer: FIRST_NEWCOMER,
             next_port: 0,
@@ -437,6 +443,7 @@ impl Vsock {
         self.queue.clear();
         self.resets.clear();
         self.waiting = 0;
+        self.moved = false;
     }
 }
 
@@ -507,7 +514,15 @@ impl VirtioDevice for Vsock {
         if matches!(wake, Wake::Source(_) | Wake::Start) {
             self.hear();
         }
-        let [rx, tx, ..] = active.queues.as_mut_slice() else { return };
+        let [rx, tx, events] = active.queues.as_mut_slice() else { return };
+        if self.moved
+            && let Some(mut chain) = events.pop()
+        {
+            // Before anything that the guest could take for an answer to what it said before.
+            chain.write(&TRANSPORT_RESET);
+            events.push(chain);
+            self.moved = false;
+        }
         loop {
             self.take(tx);
             let stopped = self.resets.len() >= RESETS;
@@ -516,6 +531,10 @@ impl VirtioDevice for Vsock {
                 return;
             }
         }
+    }
+
+    fn renew(&mut self) {
+        self.moved = true;
     }
 
     fn save(&self) -> Saved {

@@ -12,6 +12,7 @@ use crate::virtio::tests::{Rig, host_is_emulated};
 const CID: u64 = 3;
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENTS: usize = 2;
 const BOTH: u32 = NO_RECEIVE | NO_SEND;
 
 /// A guest's driver, and the folder where its sockets are.
@@ -372,6 +373,36 @@ fn p40_more_connections_than_there_may_be_are_reset_and_a_reset_ends_all() {
     let kept = guest.rig.device.connections.len() + guest.rig.device.newcomers.len() + guest.rig.device.resets.len();
     assert_eq!(kept, 0);
     guest.open_by_guest(1, &server);
+}
+
+/// Whoever waits for an answer of the host's would wait for ever in a machine that goes on elsewhere.
+#[test]
+fn a_guest_that_goes_on_hears_that_its_connections_are_gone_once() {
+    let mut guest = Guest::new(128);
+    let server = guest.server();
+    let (_, mut stream) = guest.open_by_guest(1, &server);
+    let told = |guest: &mut Guest| guest.rig.drivers[EVENTS].used().map(|used| used.written);
+    assert!(told(&mut guest).is_none());
+    let saved = guest.rig.device.save();
+    guest.rig.device.load(&saved).unwrap();
+    guest.rig.device.renew();
+    assert!(is_closed(&mut stream));
+    // It has no buffer for it yet.
+    guest.rig.wake(Wake::Start);
+    guest.silent();
+    assert!(told(&mut guest).is_none());
+    (0..2).for_each(|_| _ = guest.rig.drivers[EVENTS].add(&[], &[4]));
+    guest.rig.kick(EVENTS);
+    assert_eq!((told(&mut guest), told(&mut guest)), (Some(vec![0; 4]), None));
+    guest.open_by_guest(1, &server);
+    assert!(told(&mut guest).is_none());
+    // A driver that begins anew had no connection.
+    guest.rig.device.renew();
+    let fresh = guest.rig.device.save();
+    guest.rig.device.load(&fresh).unwrap();
+    guest.rig.wake(Wake::Start);
+    guest.rig.kick(EVENTS);
+    assert!(told(&mut guest).is_none());
 }
 
 #[test]
