@@ -10,7 +10,9 @@ mod random;
 mod shell;
 
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bantam::snapshot::{How, Snapshot};
@@ -339,9 +341,13 @@ fn p27_a_snapshot_that_is_changed_ends_the_machines_that_came_of_it() {
     let (place, guest) = (Place::new(), counts());
     let folder = place.kept(&guest, "");
     let memory = folder.join("memory.bin");
-    let writer = std::fs::File::options().write(true).open(&memory).unwrap();
+    // By another process: one that a test beside this one starts meanwhile would have our file open for longer than we do.
+    let words = ["-c", "exec 3<>\"$0\"; echo; exec sleep 60"];
+    let mut writer = Command::new("sh").args(words).arg(&memory).stdout(Stdio::piped()).spawn().unwrap();
+    writer.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
     place.run("restore").arg(&folder).run().refused(125).said("somebody has it open to write to it");
-    drop(writer);
+    writer.kill().unwrap();
+    writer.wait().unwrap();
     let restore = |out: &str, words: &str| {
         let words = format!("--serial file:{} --timeout 60 {words}", place.path(out).display());
         let started = place.run("restore").arg(&folder).words(&words).start();

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use bantam::config::{Config, Serial};
 use bantam::machine::{Machine, Paused, Streams};
-use bantam::snapshot::Snapshot;
+use bantam::snapshot::{How, Snapshot};
 
+use super::arch::SWEPT;
 use super::place::{Place, grows};
 use super::{File, Outcome, Started, code, file, within};
 
@@ -56,6 +57,25 @@ impl Place {
 pub fn of(snapshot: &Snapshot) -> anyhow::Result<Machine<Paused>> {
     let config = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
     Machine::of(snapshot, &config, &Streams::open(&config)?)
+}
+
+/// What a machine swept that ran [`code::SWEEPS`] is of one moment; whether that was between two rounds.
+#[track_caller]
+pub fn swept(folder: &Path) -> bool {
+    let machine = of(&Snapshot::open(folder, How::default()).unwrap()).unwrap();
+    let word = |part: u64| {
+        let mut bytes = [0; 4];
+        machine.memory().read(SWEPT + part * 0x1_0000, &mut bytes).unwrap();
+        u32::from_le_bytes(bytes)
+    };
+    // Those before where it was have the new number, all others the one before.
+    let (first, last) = (word(0), word(127));
+    let new = (0..128).take_while(|part| word(*part) == first).count() as u64;
+    assert!(
+        (new..128).all(|part| word(part) == last) && (new == 128 || last == first.wrapping_sub(1)),
+        "{first} {last}"
+    );
+    new == 128
 }
 
 pub fn text(path: &Path) -> String {
