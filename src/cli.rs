@@ -48,8 +48,10 @@ pub enum Command {
     Pause(String),
     /// Has it go on.
     Resume(String),
-    /// Writes a snapshot of a machine.
-    Snapshot(String, PathBuf),
+    /// Writes a snapshot of a machine; whether only what has changed since the last one.
+    Snapshot(String, PathBuf, bool),
+    /// Makes one snapshot of the first and the differences that follow it.
+    Merge(PathBuf, Vec<PathBuf>, PathBuf),
     /// Goes on with the machine of a snapshot.
     Restore(PathBuf, Box<Manifest>, How, Config),
     /// Makes machines of a snapshot, or of a machine that goes on.
@@ -188,15 +190,23 @@ enum Verb {
     },
     /// Write a machine to a folder, from which `bantam restore` has it go on; the machine goes on too
     #[command(
-        after_help = "It stands still for a moment; how long is printed.\nExample: bantam snapshot web /var/tmp/web.snapshot"
+        args_conflicts_with_subcommands = true,
+        subcommand_negates_reqs = true,
+        disable_help_subcommand = true,
+        after_help = "It stands still for a moment; how long is printed.\nExamples: bantam snapshot web /var/tmp/web.snapshot\n          bantam snapshot web /var/tmp/web.1 --diff\n          bantam snapshot merge /var/tmp/web.snapshot /var/tmp/web.1 /var/tmp/web.now\n          bantam snapshot -- merge FOLDER (of a machine that is called merge)"
     )]
     Snapshot {
+        #[command(subcommand)]
+        merge: Option<Merge>,
         /// The machine's name, as `bantam ps` shows it
-        #[arg(value_name = "NAME")]
-        name: String,
+        #[arg(value_name = "NAME", required = true)]
+        name: Option<String>,
         /// A folder that is not there yet
-        #[arg(value_name = "FOLDER")]
-        folder: PathBuf,
+        #[arg(value_name = "FOLDER", required = true)]
+        folder: Option<PathBuf>,
+        /// Write only what has changed since the last snapshot of this machine, or since the one that it came of
+        #[arg(long)]
+        diff: bool,
     },
     /// Go on with a machine where its snapshot was written
     #[command(
@@ -229,6 +239,25 @@ enum Verb {
     /// Print the manual page
     #[command(after_help = "Example: bantam man | man -l -")]
     Man,
+}
+
+#[derive(Subcommand)]
+enum Merge {
+    /// Make one snapshot of one and of what has changed since, in the order in which they were written
+    #[command(
+        after_help = "Where BASE is a difference itself, so is INTO. Nothing needs KVM.\nExample: bantam snapshot merge /var/tmp/web.snapshot /var/tmp/web.1 /var/tmp/web.2 /var/tmp/web.now"
+    )]
+    Merge {
+        /// The first, most of the time a whole one
+        #[arg(value_name = "BASE")]
+        base: PathBuf,
+        /// What was written with --diff after it, each after the one before
+        #[arg(value_name = "DIFF", required = true)]
+        differences: Vec<PathBuf>,
+        /// A folder that is not there yet
+        #[arg(value_name = "INTO")]
+        into: PathBuf,
+    },
 }
 
 /// The verbs that take the machine's options.
@@ -371,7 +400,11 @@ fn other(matches: &ArgMatches) -> Result<Command> {
         Verb::Stop { name } => Command::Stop(name),
         Verb::Pause { name } => Command::Pause(name),
         Verb::Resume { name } => Command::Resume(name),
-        Verb::Snapshot { name, folder } => Command::Snapshot(name, folder),
+        Verb::Snapshot { merge: Some(Merge::Merge { base, differences, into }), .. } => {
+            Command::Merge(base, differences, into)
+        }
+        Verb::Snapshot { name: Some(name), folder: Some(folder), diff, .. } => Command::Snapshot(name, folder, diff),
+        Verb::Snapshot { .. } => return Err(usage("no machine is named").into()),
         Verb::Balloon { name, size } => Command::Balloon(name, size),
         Verb::Completions { shell } => {
             let mut text = Vec::new();
@@ -599,6 +632,18 @@ mod tests {
             assert!(status == 2 && hint.is_some() && !format!("{error:#}").contains('\n'), "{text:?}: {error:#}");
         }
         assert_eq!(verdict(&words("run g --memroy 1").unwrap_err()).1, Some("did you mean \"--memory\"?"));
+    }
+
+    #[test]
+    fn a_snapshot_is_written_and_merged() {
+        assert!(matches!(words("snapshot web f").unwrap(), Command::Snapshot(name, _, false) if name == "web"));
+        assert!(matches!(words("snapshot web f --diff").unwrap(), Command::Snapshot(_, _, true)));
+        assert!(matches!(words("snapshot -- merge f").unwrap(), Command::Snapshot(name, _, false) if name == "merge"));
+        let Command::Merge(base, differences, into) = words("snapshot merge a b c d").unwrap() else { panic!() };
+        assert_eq!((base, differences, into), ("a".into(), vec!["b".into(), "c".into()], "d".into()));
+        for text in ["snapshot", "snapshot web", "snapshot merge a b", "snapshot merge a b c --diff"] {
+            assert_eq!(verdict(&words(text).unwrap_err()).0, 2, "{text}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use bantam::control::Request;
 use bantam::error::{refuse, status, usage, verdict};
 use bantam::host::say::{print, say};
 use bantam::load::{self, Guest, Image};
-use bantam::snapshot::{Manifest, Snapshot};
+use bantam::snapshot::{self, Manifest, Snapshot, Target};
 use bantam::{arch, board, check, clones, host, machine, top};
 
 fn main() -> ExitCode {
@@ -47,7 +47,11 @@ fn carry_out() -> Result<u8> {
         Command::Stop(name) => top::stop(&name),
         Command::Pause(name) => top::ask(&name, &Request::Pause {}),
         Command::Resume(name) => top::ask(&name, &Request::Resume {}),
-        Command::Snapshot(name, folder) => top::snapshot(&name, &folder),
+        Command::Snapshot(name, folder, diff) => top::snapshot(&name, &folder, diff),
+        Command::Merge(first, differences, into) => {
+            let made = snapshot::merge(&first, &differences, &Target { path: into, keep: true })?;
+            print(made.to_string().as_bytes())
+        }
         Command::Restore(folder, manifest, how, config) => {
             machine::hold_signal(&config)?;
             let snapshot = Snapshot::of(&folder, *manifest, how)?;
@@ -69,7 +73,7 @@ fn carry_out() -> Result<u8> {
 fn clone(cloning: &Cloning) -> Result<u8> {
     let folder = Path::new(&cloning.of);
     if folder.is_dir() {
-        return clone_from(folder, cloning, || Ok(()));
+        return clone_from(folder, cloning, |_| Ok(()));
     }
     if cloning.of.contains('/') {
         return Err(refuse(format!("{}: there is no such folder, and no machine has such a name", cloning.of)).into());
@@ -82,16 +86,19 @@ fn clone(cloning: &Cloning) -> Result<u8> {
     let folder = place.path().join("snapshot");
     top::hand_over(&cloning.of, &folder)?;
     // The clones keep what they need of it.
-    clone_from(&folder, cloning, || place.close().context("the folder of what was cloned"))
+    clone_from(&folder, cloning, |snapshot| {
+        snapshot.passes();
+        place.close().context("the folder of what was cloned")
+    })
 }
 
-fn clone_from(folder: &Path, cloning: &Cloning, opened: impl FnOnce() -> Result<()>) -> Result<u8> {
+fn clone_from(folder: &Path, cloning: &Cloning, opened: impl FnOnce(&mut Snapshot) -> Result<()>) -> Result<u8> {
     let manifest = Manifest::open(folder)?;
     let configs = cloning.configs(&manifest)?;
     configs.iter().try_for_each(machine::hold_signal)?;
-    let snapshot = Snapshot::of(folder, manifest, cloning.how)?;
+    let mut snapshot = Snapshot::of(folder, manifest, cloning.how)?;
     configs.iter().try_for_each(|config| snapshot.check_disks(config))?;
-    opened()?;
+    opened(&mut snapshot)?;
     clones::run(&configs, |config| {
         let kept = snapshot.keep();
         status_of(kept.and_then(|_kept| end(machine::restore(config, &snapshot)?, config)))

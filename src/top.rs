@@ -88,13 +88,13 @@ pub fn ask(name: &str, request: &Request) -> Result<u8> {
     control::ask(name, request).map(|_| 0)
 }
 
-/// Has a machine write a snapshot of itself, and says how long it stood still.
+/// Has a machine write a snapshot of itself, or what has changed since the last one, and says how long it stood still.
 ///
 /// # Errors
-/// There is no such machine, or it cannot: the folder is there already, or cannot be written.
-pub fn snapshot(name: &str, folder: &Path) -> Result<u8> {
+/// There is no such machine, or it cannot: the folder is there already, or cannot be written, or there was none before.
+pub fn snapshot(name: &str, folder: &Path, diff: bool) -> Result<u8> {
     let path = std::path::absolute(folder).with_context(|| folder.display().to_string())?;
-    let told = control::ask(name, &Request::Snapshot { path, keep: true })?;
+    let told = control::ask(name, &Request::Snapshot { path, keep: true, diff })?;
     let (memory, seconds) = (told["memory"].as_u64().unwrap_or(0), told["seconds"].as_f64().unwrap_or(0.0));
     let why = told["copied"].as_str().map(|why| format!(", until all was written ({})", printable(why)));
     let why = why.unwrap_or_default();
@@ -106,7 +106,7 @@ pub fn snapshot(name: &str, folder: &Path) -> Result<u8> {
 /// # Errors
 /// There is no such machine, or it cannot.
 pub fn hand_over(name: &str, folder: &Path) -> Result<()> {
-    control::ask(name, &Request::Snapshot { path: folder.to_owned(), keep: false }).map(drop)
+    control::ask(name, &Request::Snapshot { path: folder.to_owned(), keep: false, diff: false }).map(drop)
 }
 
 /// How long a guest gets until what its balloon holds is shown, and how often it is looked at meanwhile.

@@ -212,7 +212,7 @@ fn p07_few_descriptors_or_little_address_space() {
         };
     }
     // Into less the program itself does not go where it is built without optimisation.
-    for megabytes in [16, 32, 64, 128, 256] {
+    for megabytes in [24, 32, 64, 128, 256] {
         let words = format!("--as={}", megabytes << 20);
         let outcome = wrapped("prlimit", &words).words("example add").run();
         match outcome.status {

@@ -63,6 +63,9 @@ pub enum Request {
         /// It is to be there after whatever happens to the host; nobody waits for the disk else.
         #[serde(default = "keeps")]
         keep: bool,
+        /// Only what has changed since the last one that was kept.
+        #[serde(default)]
+        diff: bool,
     },
 }
 
@@ -298,6 +301,10 @@ mod tests {
         assert_eq!(read(r#"{"stats":{"start":true}}"#), Some(Request::Stats { start: true }));
         assert_eq!(read(r#"{"balloon":{}}"#), Some(Request::Balloon { size: None }));
         assert_eq!(read(r#"{"balloon":{"size":4096}}"#), Some(Request::Balloon { size: Some(4096) }));
+        let whole = Request::Snapshot { path: "/a".into(), keep: true, diff: false };
+        assert_eq!(read(r#"{"snapshot":{"path":"/a"}}"#), Some(whole));
+        let diff = Request::Snapshot { path: "/a".into(), keep: false, diff: true };
+        assert_eq!(read(r#"{"snapshot":{"path":"/a","keep":false,"diff":true}}"#), Some(diff));
         let deep = "[".repeat(50_000);
         for bad in ["", "{}", "null", r#"{"ping":{},"stats":{}}"#, r#"{"halt":{}}"#, r#"{"stats":{"x":1}}"#, &deep] {
             assert_eq!(read(bad), None, "{bad:.40}");

@@ -17,13 +17,14 @@ use crate::event::Readiness;
 use crate::host::output::Bell;
 use crate::host::say::say;
 use crate::memory::Memory;
-use crate::snapshot::{Taken, Target};
+use crate::snapshot::{Base, Taken, Target};
 use crate::virtio::balloon;
 
 const LATE: Duration = Duration::from_millis(50);
 /// How long a machine with a name waits for others that are starting.
 const TRIES: u32 = 200;
 const TRY: Duration = Duration::from_millis(5);
+const FIRST: &str = "this machine has no snapshot yet that there could be a difference from; take a whole one first";
 
 /// The control socket, or what it takes to make one.
 pub struct Control {
@@ -35,6 +36,8 @@ pub struct Control {
     wish: Wish,
     /// A snapshot that is written meanwhile.
     writing: Option<Writing>,
+    /// What the next one can be a difference from: the last that was kept of this machine, in all its lives.
+    base: Option<Base>,
     /// Rung for the event loop.
     bell: Bell,
     /// The machine's balloon, in all its lives.
@@ -50,8 +53,8 @@ pub struct Wish {
     pub stop: bool,
     /// To be in this state from now on; whoever wants it waits for [`Control::is`].
     pub state: Option<State>,
-    /// To write a snapshot, which is seen to here.
-    target: Option<Target>,
+    /// To write a snapshot, which is seen to here; whether only what has changed.
+    target: Option<(Target, bool)>,
     /// To stop for a snapshot, since then; [`Control::keeps`] is to be called then.
     pub snapshot: Option<Instant>,
 }
@@ -91,7 +94,7 @@ impl Control {
         };
         let balloon = config.balloon.then(balloon::Wish::new).transpose().context("eventfd")?;
         let due = server.is_none().then(|| started + LATE);
-        Ok(Self { info, started, server, due, wish: Wish::default(), writing: None, bell, balloon })
+        Ok(Self { info, started, server, due, wish: Wish::default(), writing: None, base: None, bell, balloon })
     }
 
     /// What the machine runs.
@@ -99,9 +102,10 @@ impl Control {
         &self.info.guest
     }
 
-    /// Says what the machine runs.
-    pub fn describe(&mut self, guest: &str) {
+    /// Says what the machine runs, and of which moment it came, if of any.
+    pub fn describe(&mut self, guest: &str, base: Option<Base>) {
         guest.clone_into(&mut self.info.guest);
+        self.base = base;
     }
 
     /// Starts watching.
@@ -125,21 +129,22 @@ impl Control {
         if self.due.is_some_and(|at| at <= Instant::now()) {
             self.make(readiness)?;
         }
-        let Self { info, started, server, wish, writing, balloon, bell, .. } = self;
+        let Self { info, started, server, wish, writing, base, balloon, bell, .. } = self;
         let Some(server) = server else { return Ok(Wish::default()) };
         info.age = started.elapsed().as_secs_f64();
         info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
         if let Some(outcome) = writing.as_ref().and_then(Writing::outcome) {
-            *writing = None;
+            *base = writing.take().and_then(|writing| writing.kept()).or(base.take());
             server.deliver(&outcome, Some(readiness))?;
         }
-        let (balloon, busy) = (balloon.as_deref(), writing.is_some());
+        let (balloon, busy, first) = (balloon.as_deref(), writing.is_some(), base.is_none());
         server.serve(readiness, ready, &mut |request| match request {
             Request::Snapshot { .. } if busy => Some(Err("a snapshot of this machine is being written".into())),
+            Request::Snapshot { diff: true, .. } if first => Some(Err(FIRST.into())),
             request => answer(request, info, telling, balloon, wish),
         })?;
-        if let Some(target) = wish.target.take() {
-            match Writing::start(memory, target, bell.clone()) {
+        if let Some((target, diff)) = wish.target.take() {
+            match Writing::start(memory, target, base.clone().filter(|_| diff), bell.clone()) {
                 Ok(started) => {
                     *writing = Some(started);
                     // Others are served meanwhile.
@@ -252,11 +257,11 @@ fn answer(
         }
         (Request::Pause {}, _) => return be(State::Paused, info, wish),
         (Request::Resume {}, _) => return be(State::Running, info, wish),
-        (Request::Snapshot { path, keep }, _) => {
+        (Request::Snapshot { path, keep, diff }, _) => {
             if !path.is_absolute() {
                 return Some(Err("the folder is to be named by its whole path".into()));
             }
-            wish.target = Some(Target { path, keep });
+            wish.target = Some((Target { path, keep }, diff));
             return None;
         }
     };

@@ -15,7 +15,7 @@ use crate::control::Answer;
 use crate::event::Worker;
 use crate::host::output::Bell;
 use crate::memory::Memory;
-use crate::snapshot::{Moment, Taken, Target, Watched, Written};
+use crate::snapshot::{Base, Moment, Taken, Target, Watched, Written};
 
 /// How long a machine that has ended waits for who writes, and how often it looks.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -35,6 +35,8 @@ pub struct Writing {
     worker: Option<Worker<()>>,
     shared: Arc<Shared>,
     target: Target,
+    /// What it is a difference from, if it is one.
+    base: Option<Base>,
     memory: Memory,
     /// Rung when the moment has come.
     now: Bell,
@@ -63,6 +65,7 @@ enum Stood {
 struct Watcher {
     shared: Arc<Shared>,
     target: Target,
+    base: Option<Base>,
     memory: Memory,
     now: Bell,
     taken: Receiver<Taken>,
@@ -88,23 +91,24 @@ impl Watcher {
         watched.watch(&self.now).context("watching RAM")?;
         // Nobody gives anything where it is cancelled.
         let taken = self.taken.try_recv().map_err(|_| anyhow!("the machine has ended"))?;
-        let moment = watched.freeze().context("freezing RAM")?;
+        let moment = watched.freeze().context("freezing RAM")?.since(self.base.clone());
         let _ = self.frozen.send(());
         taken.write(moment, &self.target, &self.shared.cancelled)
     }
 }
 
 impl Writing {
-    /// Begins to watch RAM; `bell` is rung whenever there is news.
+    /// Begins to watch RAM; `bell` is rung whenever there is news. With a `base` only what has changed since is written.
     ///
     /// # Errors
     /// The host has no thread or descriptor left.
-    pub fn start(memory: &Memory, target: Target, bell: Bell) -> Result<Self> {
+    pub fn start(memory: &Memory, target: Target, base: Option<Base>, bell: Bell) -> Result<Self> {
         let (shared, now) = (Arc::<Shared>::default(), Bell::new().context("eventfd")?);
         let ((taken, takes), (froze, frozen)) = (channel(), channel());
         let watcher = Watcher {
             shared: shared.clone(),
             target: target.clone(),
+            base: base.clone(),
             memory: memory.clone(),
             now: now.clone(),
             taken: takes,
@@ -113,7 +117,7 @@ impl Writing {
         };
         let worker = Some(Worker::start("snapshot".into(), move || watcher.run())?);
         let (memory, stood) = (memory.clone(), Stood::Not);
-        Ok(Self { worker, shared, target, memory, now, bell, taken, frozen, asked: false, stood })
+        Ok(Self { worker, shared, target, base, memory, now, bell, taken, frozen, asked: false, stood })
     }
 
     /// The machine is to stop for a moment: true once.
@@ -134,7 +138,8 @@ impl Writing {
 
     fn hand_over(&self, taken: Taken) -> Result<()> {
         if self.copies().is_some() {
-            let written = taken.write(Moment::still(&self.memory), &self.target, &self.shared.cancelled);
+            let moment = Moment::still(&self.memory).since(self.base.clone());
+            let written = taken.write(moment, &self.target, &self.shared.cancelled);
             let _ = self.shared.outcome.set(written.map_err(|e| format!("{e:#}")));
             return Ok(());
         }
@@ -163,9 +168,15 @@ impl Writing {
     pub fn outcome(&self) -> Option<Answer> {
         let Stood::For(stood) = self.stood else { return None };
         let outcome = self.shared.outcome.get()?.clone();
-        Some(outcome.map(|Written { memory }| {
+        Some(outcome.map(|Written { memory, .. }| {
             serde_json::json!({ "memory": memory, "seconds": stood.as_secs_f64(), "copied": self.copies() }).to_string()
         }))
+    }
+
+    /// What a later one can be a difference from, once this is complete; not where nobody was to keep it.
+    pub fn kept(&self) -> Option<Base> {
+        let written = self.shared.outcome.get()?.as_ref().ok()?;
+        self.target.keep.then(|| written.base.clone())
     }
 
     /// Nobody waits for it any more, unless it is complete: that gives what became of it.

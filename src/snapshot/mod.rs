@@ -5,6 +5,7 @@
 //! is read back is checked against a sum first, the manifest against `manifest.xxh64`.
 
 mod checked;
+mod diff;
 mod lazy;
 mod ram;
 mod write;
@@ -21,6 +22,7 @@ use serde::de::{DeserializeOwned, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use twox_hash::XxHash64;
 
+pub use self::diff::{Base, merge};
 use self::lazy::{Coming, Noting, WorkingSet};
 use self::ram::{Image, Ram};
 pub use self::ram::{Moment, Watched};
@@ -35,7 +37,7 @@ use crate::host::say::printable;
 use crate::memory::{Memory, Span};
 
 /// The version of all that is written here.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// The largest manifest, and the largest state.
 const MOST: u64 = 256 << 20;
 
@@ -156,6 +158,9 @@ pub struct Manifest {
     pub config: Config,
     disks: Vec<Disk>,
     state: Sum,
+    /// The moment that it is a difference from; none of a whole one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<Xxh64>,
     memory: Ram,
     /// The manifest's own.
     #[serde(skip)]
@@ -174,6 +179,8 @@ pub struct Snapshot {
     notes: bool,
     way: Way,
     freeze_clock: bool,
+    /// Its folder is there as long as its owner wants.
+    stays: bool,
 }
 
 /// How its RAM becomes that of a machine.
@@ -284,15 +291,39 @@ impl Manifest {
         }
         Ok(manifest)
     }
+
+    /// The name of the moment that it is of.
+    fn moment(&self) -> Xxh64 {
+        self.state.xxh64
+    }
+
+    /// What is written of the state, compared with its sum.
+    fn state(&self, folder: &Path) -> Result<Vec<u8>> {
+        let path = folder.join(STATE);
+        let bytes = take(&path)?;
+        if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != self.state {
+            return Err(changed(&path).into());
+        }
+        Ok(bytes)
+    }
 }
 
 impl std::fmt::Display for Manifest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { bantam, architecture, guest, config, memory, disks, .. } = self;
+        let Self { bantam, architecture, guest, config, memory, disks, base, .. } = self;
         writeln!(f, "snapshot: of an {architecture} machine, format {FORMAT}, by Bantam {bantam}")?;
+        writeln!(f, "moment: {}", self.moment())?;
+        if let Some(base) = base {
+            writeln!(f, "difference: from the moment {base}; `bantam snapshot merge` puts the two together")?;
+        }
         writeln!(f, "guest: {}", printable(guest).replace('\n', "\\n"))?;
         writeln!(f, "machine: {} CPUs, {} of RAM", config.cpus.count(), config.memory)?;
-        writeln!(f, "memory: {} that are not zeroes", Size(memory.kept()))?;
+        let kept = Size(memory.kept());
+        match (base, memory.zeroed()) {
+            (None, _) => writeln!(f, "memory: {kept} that are not zeroes")?,
+            (_, 0) => writeln!(f, "memory: {kept} that have changed")?,
+            (_, zeroed) => writeln!(f, "memory: {kept} that have changed, and {} that are zeroes now", Size(zeroed))?,
+        }
         let disk =
             |disk: &Disk| format!("disk: {}, {} bytes\n", printable(&disk.path.display().to_string()), disk.bytes);
         f.write_str(&disks.iter().map(disk).collect::<String>())
@@ -325,12 +356,12 @@ impl Snapshot {
     /// # Errors
     /// The same.
     pub fn of(folder: &Path, manifest: Manifest, how: How) -> Result<Self> {
-        let path = folder.join(STATE);
-        let bytes = take(&path)?;
-        if (Sum { bytes: bytes.len() as u64, xxh64: sum(&bytes) }) != manifest.state {
-            return Err(changed(&path).into());
+        if let Some(base) = manifest.base {
+            let why = format!("it holds only what has changed since the moment {base}, and a machine needs all");
+            let hint = format!("make a whole one first: bantam snapshot merge BASE {} INTO", folder.display());
+            return Err(broken(folder, &why).hint(hint).into());
         }
-        let state = parse(&path, &bytes)?;
+        let state = parse(&folder.join(STATE), &manifest.state(folder)?)?;
         let image = Image::open(folder.join(MEMORY), &manifest.memory, manifest.own)?;
         // Huge pages are no file's.
         let way = match how.verify {
@@ -348,7 +379,20 @@ impl Snapshot {
             image.want(&blocks);
             notes = how.note && blocks.is_empty();
         }
-        Ok(Self { manifest, state, image, working_set, notes, way, freeze_clock: how.freeze_clock })
+        let freeze_clock = how.freeze_clock;
+        Ok(Self { manifest, state, image, working_set, notes, way, freeze_clock, stays: true })
+    }
+
+    /// Its folder is about to be gone: nobody is to make a difference from it.
+    pub fn passes(&mut self) {
+        self.stays = false;
+    }
+
+    /// What a snapshot of a machine that goes on from here can be a difference from.
+    pub fn base(&self) -> Option<Base> {
+        let Manifest { memory, .. } = &self.manifest;
+        let base = || Base { moment: self.manifest.moment(), bytes: memory.bytes, blocks: self.image.blocks().clone() };
+        self.stays.then(base)
     }
 
     /// How much later it is by now, as far as its guest is to know. A host whose clock was set back says nothing.

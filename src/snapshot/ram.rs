@@ -17,6 +17,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::diff::{Base, zeroes};
 use super::write::{Target, check, make};
 use super::{Verify, Xxh64, broken, checked, sum};
 use crate::error::Refusal;
@@ -34,14 +35,19 @@ const WORTH: usize = 64;
 #[serde(deny_unknown_fields)]
 pub struct Ram {
     pub bytes: u64,
-    /// The number and the sum of each block that is not all zeroes.
+    /// The number and the sum of each block that is not all zeroes; of a difference, of each that is not as it was.
     pub blocks: Vec<(u64, Xxh64)>,
 }
 
 impl Ram {
     /// Bytes that are not zeroes, in whole blocks.
     pub fn kept(&self) -> u64 {
-        self.blocks.len() as u64 * BLOCK
+        self.blocks.len() as u64 * BLOCK - self.zeroed()
+    }
+
+    /// Of a difference: bytes that were not zeroes, and are now.
+    pub fn zeroed(&self) -> u64 {
+        self.blocks.iter().filter(|(_, xxh64)| *xxh64 == zeroes()).count() as u64 * BLOCK
     }
 }
 
@@ -163,6 +169,8 @@ pub struct Moment {
     changed: BTreeSet<Part>,
     /// None: the machine stands still until it is written.
     frozen: Option<Frozen>,
+    /// None: all of it is written.
+    base: Option<Base>,
 }
 
 impl Moment {
@@ -170,15 +178,35 @@ impl Moment {
     pub fn still(memory: &Memory) -> Self {
         let (places, bytes) = places(spans(memory));
         let parts = parts_of(&places, memory);
-        Self { memory: memory.clone(), places, bytes, parts, changed: BTreeSet::new(), frozen: None }
+        Self { memory: memory.clone(), places, bytes, parts, changed: BTreeSet::new(), frozen: None, base: None }
     }
 
-    /// Writes it, but for what is all zeroes.
+    /// Only what is not as it was then is to be written.
+    #[must_use]
+    pub fn since(self, base: Option<Base>) -> Self {
+        Self { base, ..self }
+    }
+
+    /// What it is a difference from, if it is one.
+    pub(super) fn base(&self) -> Option<&Base> {
+        self.base.as_ref()
+    }
+
+    /// Blocks that held something then, and are not among the parts that anybody touched: they were given back to the host.
+    fn given_back(&self) -> impl Iterator<Item = u64> {
+        let then = self.base.iter().flat_map(|base| base.blocks.iter().map(|(block, _)| *block));
+        // Parts are in the order of their places too.
+        then.filter(|block| self.parts.binary_search_by_key(&(block * BLOCK), |(_, at)| *at).is_err())
+    }
+
+    /// Writes it, but for what is all zeroes, or as it was.
     ///
     /// # Errors
     /// The host cannot, or it is `cancelled`.
     pub fn pour(mut self, path: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Ram> {
-        let mut pouring = Pouring { path, file: make(path)?, sums: BTreeMap::new(), bytes: vec![0; BLOCK as usize] };
+        let of_another = self.base.as_ref().is_some_and(|base| base.bytes != self.bytes);
+        anyhow::ensure!(!of_another, "a difference from a machine of other RAM");
+        let mut pouring = Pouring::new(path)?;
         self.parts.extend(std::mem::take(&mut self.changed));
         self.parts.sort_unstable();
         self.parts.dedup();
@@ -201,13 +229,34 @@ impl Moment {
             }
             pouring.keep(&self, number, &mut done)?;
         }
-        drop(self.frozen);
-        let Pouring { file, sums, .. } = pouring;
-        file.set_len(self.bytes).with_context(|| format!("writing {}", path.display()))?;
+        drop(self.frozen.take());
+        pouring.sums.extend(self.given_back().map(|block| (block, zeroes())));
         check(cancelled)?;
-        target.sync(&file, path)?;
-        Ok(Ram { bytes: self.bytes, blocks: sums.into_iter().collect() })
+        pouring.end(self.bytes, target)
     }
+}
+
+/// Writes the RAM that several files are when each is laid over those before it; all that is in them is compared with its sum.
+/// Where the first is `whole`, so is what this makes, and zeroes need not be said.
+///
+/// # Errors
+/// One is not as it was written, or the host cannot write.
+pub fn merge(images: &[&Image], whole: bool, path: &Path, target: &Target) -> Result<Ram> {
+    let mut pouring = Pouring::new(path)?;
+    let said = images.iter().zip(0..).flat_map(|(image, number)| image.blocks.iter().map(move |(at, _)| (*at, number)));
+    let last: BTreeMap<u64, usize> = said.collect();
+    for (number, image) in images.iter().enumerate() {
+        for block in image.there() {
+            image.read(block, &mut pouring.bytes)?;
+            if last.get(&block) == Some(&number) {
+                let now = pouring.now();
+                if now.is_some() || !whole {
+                    pouring.put(block, now)?;
+                }
+            }
+        }
+    }
+    pouring.end(images.first().map_or(0, |image| image.bytes), target)
 }
 
 /// A file that RAM is written to.
@@ -215,10 +264,14 @@ struct Pouring<'a> {
     path: &'a Path,
     file: File,
     sums: BTreeMap<u64, Xxh64>,
-    bytes: Vec<u8>,
+    bytes: Box<[u8; BLOCK as usize]>,
 }
 
-impl Pouring<'_> {
+impl<'a> Pouring<'a> {
+    fn new(path: &'a Path) -> Result<Self> {
+        Ok(Self { path, file: make(path)?, sums: BTreeMap::new(), bytes: Box::new([0; BLOCK as usize]) })
+    }
+
     /// Writes one part, the first time that it is asked for.
     fn keep(&mut self, moment: &Moment, number: usize, done: &mut [bool]) -> Result<()> {
         let (Some((span, at)), Some(done)) = (moment.parts.get(number), done.get_mut(number)) else { return Ok(()) };
@@ -232,11 +285,30 @@ impl Pouring<'_> {
             Some(_) => moment.memory.peek(span.start, place)?,
             None => moment.memory.read(span.start, place)?,
         }
-        if !is_zero(&self.bytes) {
-            self.file.write_all_at(&self.bytes, *at).with_context(|| format!("writing {}", self.path.display()))?;
-            self.sums.insert(at / BLOCK, sum(&self.bytes));
+        let (block, now) = (at / BLOCK, self.now());
+        let before = moment.base.as_ref().and_then(|base| base.sum_of(block));
+        if now == before { Ok(()) } else { self.put(block, now) }
+    }
+
+    /// The sum of what is to be written, if it is not all zeroes.
+    fn now(&self) -> Option<Xxh64> {
+        (!is_zero(&*self.bytes)).then(|| sum(&*self.bytes))
+    }
+
+    /// Writes a block, of which there is nothing in the file where it is all zeroes.
+    fn put(&mut self, block: u64, now: Option<Xxh64>) -> Result<()> {
+        if now.is_some() {
+            let written = self.file.write_all_at(&*self.bytes, block * BLOCK);
+            written.with_context(|| format!("writing {}", self.path.display()))?;
         }
+        self.sums.insert(block, now.unwrap_or_else(zeroes));
         Ok(())
+    }
+
+    fn end(self, bytes: u64, target: &Target) -> Result<Ram> {
+        self.file.set_len(bytes).with_context(|| format!("writing {}", self.path.display()))?;
+        target.sync(&self.file, self.path)?;
+        Ok(Ram { bytes, blocks: self.sums.into_iter().collect() })
     }
 }
 
@@ -249,8 +321,8 @@ fn is_zero(bytes: &[u8]) -> bool {
 pub struct Image {
     path: PathBuf,
     file: Arc<File>,
-    /// By their numbers.
-    blocks: Arc<[(u64, Xxh64)]>,
+    /// By their numbers; the machines that go on from here share them.
+    blocks: Arc<Vec<(u64, Xxh64)>>,
     bytes: u64,
     /// Of the manifest that they are in.
     told: Xxh64,
@@ -267,12 +339,17 @@ impl Image {
         if size != ram.bytes || !size.is_multiple_of(BLOCK) {
             return Err(broken(&path, &format!("it has {size} bytes and was written with {}", ram.bytes)).into());
         }
-        let blocks: Arc<[_]> = ram.blocks.as_slice().into();
+        let blocks = Arc::new(ram.blocks.clone());
         let in_order = blocks.is_sorted_by(|(block, _), (next, _)| block < next);
         if !in_order || blocks.iter().any(|(block, _)| block.checked_mul(BLOCK).is_none_or(|at| at >= size)) {
             bail!("the blocks of RAM are not in their order, or beyond its end");
         }
         Ok(Self { path, file: Arc::new(file), blocks, bytes: size, told })
+    }
+
+    /// The number and the sum of each block that it holds.
+    pub fn blocks(&self) -> &Arc<Vec<(u64, Xxh64)>> {
+        &self.blocks
     }
 
     /// Has whoever wants to write to it wait until nobody uses it any more, where the host can.

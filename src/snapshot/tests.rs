@@ -5,6 +5,8 @@ use super::write::begin;
 use super::*;
 use crate::config::Switch;
 
+mod diff;
+
 const PAGE: u64 = 0x1000;
 
 /// RAM of three mappings.
@@ -73,7 +75,7 @@ fn snapshot() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("one");
     let config = Config { rng: Some(Switch::On), ..Config::default() };
-    let Written { memory } = write(&at(&path), "guest", &config, &state(), &written()).unwrap();
+    let Written { memory, .. } = write(&at(&path), "guest", &config, &state(), &written()).unwrap();
     assert_eq!(memory, 6 * BLOCK);
     (folder, path)
 }
@@ -203,9 +205,11 @@ fn hostile_manifests_are_refused() {
         let told = looked_at(&path).err().map(|e| format!("{e:#}")).unwrap_or_default();
         assert!(told.contains(why), "{why}: {told:?}");
     };
-    refused(&|m| m["format"] = 3.into(), "it has format 3; this Bantam knows format 2");
+    refused(&|m| m["format"] = 2.into(), "it has format 2; this Bantam knows format 3");
     refused(&|m| m["architecture"] = "vax".into(), "a machine of vax; this host is");
     refused(&|m| m["more"] = 1.into(), "unknown field `more`");
+    refused(&|m| m["base"] = "0123456789abcdef".into(), "only what has changed since the moment 0123456789abcdef");
+    refused(&|m| m["base"] = "moment".into(), "16 hexadecimal digits");
     refused(&|m| m["config"]["memory"] = "much".into(), "");
     refused(&|m| m["config"]["serial"] = "file:/tmp/x".into(), "more of the machine than a snapshot keeps");
     refused(&|m| m["config"]["core"] = "/tmp/x".into(), "more of the machine than a snapshot keeps");

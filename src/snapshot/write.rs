@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
+use super::diff::Base;
 use super::ram::Moment;
 use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, Xxh64, is_partial, sum};
 use crate::arch;
@@ -36,10 +37,12 @@ impl Target {
 }
 
 /// What was written.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Written {
-    /// Bytes of RAM that are not zeroes, in whole blocks.
+    /// Bytes of RAM that are in it, in whole blocks.
     pub memory: u64,
+    /// What a later one can be a difference from.
+    pub base: Base,
 }
 
 /// Nobody waits for it any more.
@@ -98,57 +101,70 @@ impl Taken {
     /// # Errors
     /// The folder is there, or the host cannot write it, or it is `cancelled`; nothing is left behind then.
     pub fn write(self, ram: Moment, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
-        let path = &target.path;
-        if path.symlink_metadata().is_ok() {
-            let why = format!("{} is there already, and a snapshot never changes", path.display());
-            return Err(refuse(why).hint("name a folder that is not there").into());
-        }
-        if is_partial(path) {
-            let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
-            return Err(refuse(why).hint("give it another name").into());
-        }
-        let folder = partial(path);
-        let _own = begin(&folder)?;
-        let written = self.fill(ram, &folder, (target, cancelled)).and_then(|written| {
-            check(cancelled)?;
-            // Not over one that has come in the meantime.
-            renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
-                .with_context(|| format!("giving {} its name", path.display()))?;
-            let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            target.sync(&File::open(above).with_context(|| above.display().to_string())?, above)?;
-            Ok(written)
-        });
-        if written.is_err() {
-            let _ = clear(&folder);
-        }
-        written
-    }
-
-    fn fill(self, ram: Moment, folder: &Path, (target, cancelled): (&Target, &AtomicBool)) -> Result<Written> {
         let Self { guest, config, disks, state } = self;
-        let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
-        check(cancelled)?;
-        let state = serde_json::to_vec(&state)?;
-        put(&folder.join(STATE), &state, target)?;
-        let manifest = Manifest {
-            format: FORMAT,
-            bantam: env!("CARGO_PKG_VERSION").into(),
-            architecture: arch::NAME.into(),
-            guest,
-            config,
-            disks,
-            state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
-            memory,
-            own: Xxh64::default(),
-        };
-        let written = Written { memory: manifest.memory.kept() };
-        let manifest = serde_json::to_vec(&manifest)?;
-        anyhow::ensure!(manifest.len() as u64 <= MOST, "the machine has more RAM than a snapshot can describe");
-        put(&folder.join(MANIFEST), &manifest, target)?;
-        put(&folder.join(MANIFEST_SUM), sum(&manifest).to_string().as_bytes(), target)?;
-        target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)?;
-        Ok(written)
+        complete(target, cancelled, |folder| {
+            let before = ram.base().cloned();
+            let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
+            check(cancelled)?;
+            let state = serde_json::to_vec(&state)?;
+            let manifest = Manifest {
+                format: FORMAT,
+                bantam: env!("CARGO_PKG_VERSION").into(),
+                architecture: arch::NAME.into(),
+                guest,
+                config,
+                disks,
+                state: Sum { bytes: state.len() as u64, xxh64: sum(&state) },
+                base: before.as_ref().map(|before| before.moment),
+                memory,
+                own: Xxh64::default(),
+            };
+            describe(&manifest, &state, folder, target)?;
+            let (moment, memory) = (manifest.moment(), manifest.memory);
+            Ok(Written { memory: memory.kept(), base: Base::new(moment, memory, before.as_ref()) })
+        })
     }
+}
+
+/// Makes a folder that is not there yet; `fill` puts a snapshot into it.
+///
+/// # Errors
+/// The folder is there, or the host cannot write it, or it is `cancelled`; nothing is left behind then.
+pub(super) fn complete<T>(target: &Target, cancelled: &AtomicBool, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let path = &target.path;
+    if path.symlink_metadata().is_ok() {
+        let why = format!("{} is there already, and a snapshot never changes", path.display());
+        return Err(refuse(why).hint("name a folder that is not there").into());
+    }
+    if is_partial(path) {
+        let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
+        return Err(refuse(why).hint("give it another name").into());
+    }
+    let folder = partial(path);
+    let _own = begin(&folder)?;
+    let written = fill(&folder).and_then(|written| {
+        check(cancelled)?;
+        // Not over one that has come in the meantime.
+        renameat_with(CWD, &folder, CWD, path, RenameFlags::NOREPLACE)
+            .with_context(|| format!("giving {} its name", path.display()))?;
+        let above = path.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        target.sync(&File::open(above).with_context(|| above.display().to_string())?, above)?;
+        Ok(written)
+    });
+    if written.is_err() {
+        let _ = clear(&folder);
+    }
+    written
+}
+
+/// Writes what is in a snapshot besides its RAM.
+pub(super) fn describe(manifest: &Manifest, state: &[u8], folder: &Path, target: &Target) -> Result<()> {
+    put(&folder.join(STATE), state, target)?;
+    let manifest = serde_json::to_vec(manifest)?;
+    anyhow::ensure!(manifest.len() as u64 <= MOST, "the machine has more RAM than a snapshot can describe");
+    put(&folder.join(MANIFEST), &manifest, target)?;
+    put(&folder.join(MANIFEST_SUM), sum(&manifest).to_string().as_bytes(), target)?;
+    target.sync(&File::open(folder).with_context(|| folder.display().to_string())?, folder)
 }
 
 /// Makes the folder of a snapshot that is not complete, in the place of one whose writer was killed. It is this writer's as
