@@ -11,11 +11,14 @@ mod shell;
 
 use std::collections::BTreeSet;
 use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bantam::snapshot::{How, Snapshot};
+use bantam::config::{Config, Serial};
+use bantam::machine::{Machine, Paused, Streams};
+use bantam::snapshot::{How, Snapshot, Verify};
 use common::arch::{PCI, follows_time, kept};
 use common::counting::{counts, goes_on, of, text};
 use common::place::{Place, grows, size};
@@ -124,13 +127,81 @@ fn differences(at: &str, one: &Value, other: &Value, into: &mut Vec<String>) {
             a.iter().for_each(|(key, value)| differences(&format!("{at}/{key}"), value, &b[key], into));
         }
         (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            let name = |value: &Value, index: usize| value["name"].as_str().map_or(index.to_string(), str::to_owned);
+            let name = |value: &Value, index: usize| match (value["name"].as_str(), value[0].as_u64()) {
+                (Some(name), _) => name.to_owned(),
+                (None, Some(number)) if at.ends_with("/msrs") => format!("{number:#x}"),
+                _ => index.to_string(),
+            };
             let both = a.iter().zip(b).enumerate();
             both.for_each(|(i, (a, b))| differences(&format!("{at}/{}", name(a, i)), a, b, into));
         }
         _ if one == other => {}
         _ => into.push(format!("{at}: {one} {other}")),
     }
+}
+
+/// But for what follows time.
+#[track_caller]
+fn is_saved_the_same(snapshot: &Snapshot, machine: &Machine<Paused>, when: &str) {
+    let json = |state| serde_json::to_value(state).unwrap();
+    let mut found = Vec::new();
+    differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
+    found.retain(|path| !follows_time(path) && !path.starts_with("/at: "));
+    assert!(found.is_empty(), "{when}: {found:#?}");
+}
+
+/// The same of a stock kernel all of whose devices are at work.
+#[test]
+fn a_busy_linux_that_was_loaded_is_saved_the_same() {
+    if !kvm() || guest::kernel(shell::KERNEL).is_none() {
+        return;
+    }
+    let (first, count) = common::soak().unwrap_or((1, 2));
+    let place = Place::new();
+    let (name, disk, folder) = (format!("busy-{}", std::process::id()), place.path("disk"), place.path("one"));
+    std::fs::write(&disk, vec![0x5a; 4 << 20]).unwrap();
+    let path = |name: &str| place.path(name).display().to_string();
+    let connected = |number: u32| {
+        let (net, vsock, console) =
+            (path(&format!("n{number}")), path(&format!("v{number}")), path(&format!("c{number}")));
+        format!("--net socket:{net},listen --vsock cid=3,path={vsock} --console file:{console}")
+    };
+    let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro --balloon {}", disk.display(), connected(1));
+    let modules = "virtio_blk failover net_failover virtio_net virtio_balloon virtio-rng \
+        vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport";
+    let Some(mut shell) = Shell::start(&words, modules) else { return };
+    // Who takes what it sends.
+    let mut wire = UnixStream::connect(path("n1")).unwrap();
+    std::thread::spawn(move || while wire.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {});
+    shell.run("ip link set eth0 up && ip addr add 10.1.1.1/24 dev eth0");
+    for busy in [
+        "echo 3 >/proc/sys/vm/drop_caches; cat /dev/vda >/dev/null",
+        "head -c 4096 /dev/hwrng >/dev/null",
+        "ping -q -i 0.01 10.1.1.255 >/dev/null",
+        "seq 1000 >/dev/hvc0",
+    ] {
+        shell.run(&format!("(while :; do {busy}; done) 2>/dev/null & true"));
+    }
+    for seed in first..first + count {
+        std::thread::sleep(Duration::from_micros(seed.wrapping_mul(6151) % 500_000));
+        bantam(&format!("snapshot {name} {}", folder.display())).run().expect(0);
+        let snapshot = Snapshot::open(&folder, How { freeze_clock: true, ..How::default() }).unwrap();
+        // It listens elsewhere than the one that goes on.
+        let other = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
+        let words = connected(2);
+        let word = |name: &str| words.split(' ').skip_while(|word| *word != name).nth(1).unwrap();
+        let other = Config {
+            net: vec![word("--net").parse().unwrap()],
+            vsock: Some(word("--vsock").parse().unwrap()),
+            console: Some(word("--console").parse().unwrap()),
+            ..other
+        };
+        let machine = Machine::of(&snapshot, &other, &Streams::open(&other).unwrap()).unwrap();
+        is_saved_the_same(&snapshot, &machine, &format!("seed {seed}"));
+        drop(machine);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+    shell.leave("poweroff -f\n");
 }
 
 /// At moments that depend on the seed, and on what the machine was at then.
@@ -148,12 +219,7 @@ fn a_state_that_was_loaded_is_saved_the_same() {
             let folder = place.path("one");
             place.tell(&format!("snapshot one {}", folder.display()));
             let snapshot = Snapshot::open(&folder, How::default()).unwrap();
-            let machine = of(&snapshot).unwrap();
-            let json = |state| serde_json::to_value(state).unwrap();
-            let mut found = Vec::new();
-            differences("", &json(&snapshot.state), &json(&machine.save().unwrap()), &mut found);
-            found.retain(|path| !follows_time(path) && !path.starts_with("/at: "));
-            assert!(found.is_empty(), "{words}, seed {seed}: {found:#?}");
+            is_saved_the_same(&snapshot, &of(&snapshot).unwrap(), &format!("{words}, seed {seed}"));
             std::fs::remove_dir_all(folder).unwrap();
         }
         place.tell("stop one");
@@ -228,6 +294,35 @@ fn p24_a_monitor_that_is_killed_leaves_a_whole_snapshot_or_none() {
         }
     }
     eprintln!("{whole} of {count} were whole");
+}
+
+/// Anywhere in it, with `--verify always`.
+#[test]
+fn p25_a_bit_that_is_flipped_is_found_before_the_guest_runs() {
+    use std::os::unix::fs::FileExt;
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let folder = place.kept(&guest, "--irqchip split --rng on");
+    let (first, count) = common::soak().unwrap_or((1, if common::host_is_emulated() { 40 } else { 400 }));
+    let how = How { verify: Verify::Always, ..How::default() };
+    for seed in first..first + count {
+        let mut random = Random(seed);
+        let path = folder.join(["manifest.json", "manifest.xxh64", "state.json", "memory.bin"][random.index(4)]);
+        let change = |at, bit: u64| {
+            let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
+        };
+        let (at, bit) = (random.below(size(&path)), random.below(8));
+        change(at, bit);
+        let told = Snapshot::open(&folder, how).err();
+        assert!(told.is_some(), "seed {seed}: {}, byte {at}, bit {bit}", path.display());
+        change(at, bit);
+    }
+    Snapshot::open(&folder, how).unwrap();
 }
 
 /// A file that was compared with its sums is known until it changes; with `--verify always` it never is.

@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 13] = [
+const JOBS: [Job; 16] = [
     Job {
         name: "loaders",
         count: 10_000_000,
@@ -88,6 +88,15 @@ const JOBS: [Job; 13] = [
         command: &["cargo", "test", "--release", "--test", "snapshot", "a_state_that_was_loaded"],
     },
     Job {
+        name: "snapshot-bits",
+        count: 100_000,
+        chunk: 10_000,
+        sample: false,
+        command: &["cargo", "test", "--release", "--test", "snapshot", "p25_"],
+    },
+    Job { name: "busy-x86_64", count: 100, chunk: 25, sample: false, command: &hosted("x86_64", BUSY) },
+    Job { name: "busy-arm64", count: 100, chunk: 25, sample: false, command: &hosted("arm64", BUSY) },
+    Job {
         name: "clone-cycles",
         count: 10_000,
         chunk: 500,
@@ -111,6 +120,9 @@ const KERNELS: &str = "every_kernel_runs_with_every_number_of_cpus_and_size_of_r
 const LIVES: &str = "with_reboot_the_machine_starts_anew";
 /// Of tests/net.rs.
 const STREAMS: &str = "a_guest_and_its_host_send_each_other_a_stream_over_tap";
+
+/// Of tests/snapshot.rs.
+const BUSY: &str = "a_busy_linux_that_was_loaded_is_saved_the_same";
 
 /// Of tests/disk.rs.
 const KILLS: &str = "what_was_flushed_is_there_after_the_monitor_was_killed";

@@ -29,6 +29,9 @@ use crate::host::sys::state::{ask, reads, size_of_request, writes};
 /// IA32_TIME_STAMP_COUNTER, IA32_TSC_DEADLINE (SDM vol. 4), in the order in which they are set.
 const TIMES: [u32; 2] = [0x10, 0x6e0];
 
+/// Where a local APIC has the processor priority (SDM vol. 3, "Processor Priority Register"), as a word.
+const PRIORITY: usize = 0xa0 / 4;
+
 /// CR4 and EFER: the guest runs guests of its own.
 const CR4_VMXE: u64 = 1 << 13;
 const EFER_SVME: u64 = 1 << 12;
@@ -159,7 +162,10 @@ pub fn save_cpu(kvm: &Kvm, fd: &VcpuFd, irqchip: Option<IrqChip>) -> Result<Save
         return Err(refuse("the guest is a hypervisor itself, whose guests a snapshot does not hold yet").into());
     }
     let there = |part: &&Part| part.name != LAPIC.name || irqchip != Some(IrqChip::None);
-    let parts = CPU.iter().filter(there).map(|part| read(fd, part, part.name, 0)).collect::<Result<_>>()?;
+    let mut parts = CPU.iter().filter(there).map(|part| read(fd, part, part.name, 0)).collect::<Result<Vec<_>>>()?;
+    // It follows from others, KVM brings it up to date when it needs it, and it is no input of the other call.
+    let lapic = parts.iter_mut().find(|part| part.name == LAPIC.name);
+    lapic.and_then(|lapic| lapic.words.get_mut(PRIORITY)).into_iter().for_each(|word| *word = 0);
     let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(io::Error::from).context("KVM_GET_CPUID2")?;
     let leaf = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
     Ok(SavedCpu {
