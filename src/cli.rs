@@ -117,22 +117,56 @@ Exit status:
 
 /// Runs any guest under KVM, from twelve bytes of machine code on, and shows what happens.
 #[derive(Parser)]
-#[command(name = "bantam", version, about, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "bantam", version, about, after_help = EXAMPLES, max_term_width = WIDTH)]
 struct Words {
     #[command(subcommand)]
     verb: Verb,
 }
 
+/// Run a guest; its format is found from the file
+#[derive(Args)]
+#[command(
+    after_help = "ctrl-a x leaves an interactive console, ctrl-a h shows its keys.\nExample: bantam run guest.bin --reg rax=2 --trace"
+)]
+struct Run;
+
+/// Run a built-in guest; without a name, list them
+#[derive(Args)]
+#[command(after_help = "Example: bantam example add --trace")]
+struct Example;
+
+/// Print the guest-physical address map of a machine
+#[derive(Args)]
+#[command(
+    after_help = "Examples: bantam layout --memory 5G\n          bantam layout --fdt machine.dtb (arm64; read it with dtc -I dtb -O dts)\n          bantam layout --acpi tables.bin (x86-64)"
+)]
+struct Layout {
+    /// Write the machine's device tree to FILE instead (arm64)
+    #[arg(long, value_name = "FILE")]
+    fdt: Option<PathBuf>,
+    /// Write the ACPI tables of the machine that Linux gets to FILE instead, as they lie from 0xe0000 on (x86-64)
+    #[arg(long, value_name = "FILE", conflicts_with = "fdt")]
+    acpi: Option<PathBuf>,
+}
+
+/// Go on with a machine where its snapshot was written
+#[derive(Args)]
+#[command(
+    after_help = "The options are those of run; what makes it another machine is refused.\nExample: bantam restore /var/tmp/web.snapshot --name web2 --stats"
+)]
+struct Restore;
+
+/// Make machines of a snapshot, or of a machine that goes on: each goes on from there by itself
+#[derive(Args)]
+#[command(
+    after_help = "The options are those of run; what makes it another machine is refused. In each of them {} is the clone's number, from 1 on.\nExamples: bantam clone /var/tmp/web.snapshot --count 3 --name web-{} --serial file:/tmp/web-{}.out\n          bantam clone web --name web2"
+)]
+struct Clone;
+
 #[derive(Subcommand)]
 enum Verb {
-    /// Run a guest; its format is found from the file
-    #[command(
-        after_help = "ctrl-a x leaves an interactive console, ctrl-a h shows its keys.\nExample: bantam run guest.bin --reg rax=2 --trace"
-    )]
-    Run,
-    /// Run a built-in guest; without a name, list them
-    #[command(after_help = "Example: bantam example add --trace")]
-    Example,
+    Run(Run),
+    Example(Example),
     /// Say what a file is: format, architecture, entry, segments, what it needs
     Inspect {
         /// The file
@@ -141,18 +175,7 @@ enum Verb {
     },
     /// Say what this host's KVM offers, and what to do about each gap
     Check,
-    /// Print the guest-physical address map of a machine
-    #[command(
-        after_help = "Examples: bantam layout --memory 5G\n          bantam layout --fdt machine.dtb (arm64; read it with dtc -I dtb -O dts)\n          bantam layout --acpi tables.bin (x86-64)"
-    )]
-    Layout {
-        /// Write the machine's device tree to FILE instead (arm64)
-        #[arg(long, value_name = "FILE")]
-        fdt: Option<PathBuf>,
-        /// Write the ACPI tables of the machine that Linux gets to FILE instead, as they lie from 0xe0000 on (x86-64)
-        #[arg(long, value_name = "FILE", conflicts_with = "fdt")]
-        acpi: Option<PathBuf>,
-    },
+    Layout(Layout),
     /// List this user's machines
     #[command(after_help = "A machine is in the list once it has run for 0.05 s, and at once if it has a --name.")]
     Ps,
@@ -208,16 +231,8 @@ enum Verb {
         #[arg(long)]
         diff: bool,
     },
-    /// Go on with a machine where its snapshot was written
-    #[command(
-        after_help = "The options are those of run; what makes it another machine is refused.\nExample: bantam restore /var/tmp/web.snapshot --name web2 --stats"
-    )]
-    Restore,
-    /// Make machines of a snapshot, or of a machine that goes on: each goes on from there by itself
-    #[command(
-        after_help = "The options are those of run; what makes it another machine is refused. In each of them {} is the clone's number, from 1 on.\nExamples: bantam clone /var/tmp/web.snapshot --count 3 --name web-{} --serial file:/tmp/web-{}.out\n          bantam clone web --name web2"
-    )]
-    Clone,
+    Restore(Restore),
+    Clone(Clone),
     /// Take memory from a machine that goes on, and give it back: say how much its balloon shall hold
     #[command(
         after_help = "The machine needs --balloon and a guest with a driver for it, who may give less, and less soon.\nExamples: bantam balloon web 256M\n          bantam balloon web 0"
@@ -260,18 +275,30 @@ enum Merge {
     },
 }
 
-/// The verbs that take the machine's options.
-const TAKE_OPTIONS: [&str; 5] = ["run", "example", "layout", "restore", "clone"];
+/// A verb that takes the machine's options, and what else it takes.
+type Taker = (&'static str, fn(clap::Command) -> clap::Command);
 
-/// The command line. The machine's options are put only where they will be looked at, under `verb`, or everywhere
-/// where that is not one of those that take them: to describe them takes longer than to start a small machine.
+const TAKE_OPTIONS: [Taker; 5] = [
+    ("run", Run::augment_args),
+    ("example", Example::augment_args),
+    ("layout", Layout::augment_args),
+    ("restore", Restore::augment_args),
+    ("clone", Clone::augment_args),
+];
+
+/// Columns of a help text.
+const WIDTH: usize = 100;
+
+/// The command line. Of one that names a verb of those that take options only that is described: to describe all takes
+/// longer than to start a small machine.
 fn command(verb: Option<&str>) -> clap::Command {
-    let only = TAKE_OPTIONS.into_iter().find(|v| Some(*v) == verb);
-    let mut command = Words::command();
-    for name in only.map_or(TAKE_OPTIONS.to_vec(), |v| vec![v]) {
-        command = command.mut_subcommand(name, with_options);
+    match TAKE_OPTIONS.iter().find(|(name, _)| Some(*name) == verb) {
+        Some((name, own)) => {
+            let verb = with_options(own(clap::Command::new(*name)));
+            clap::Command::new("bantam").max_term_width(WIDTH).subcommand(verb)
+        }
+        None => TAKE_OPTIONS.iter().fold(Words::command(), |all, (name, _)| all.mut_subcommand(name, with_options)),
     }
-    command
 }
 
 fn with_options(verb: clap::Command) -> clap::Command {
