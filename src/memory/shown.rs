@@ -35,7 +35,8 @@ impl Shown {
         let file = File::from(rustix::fs::memfd_create("shown", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
         file.set_len(ONES + pages.len() as u64 * PAGE)?;
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        file.write_all_at(&[0xff; ONES as usize], 0)?;
+        // Made here, since the program's file would have all of an array in it.
+        file.write_all_at(&vec![0xff; ONES as usize], 0)?;
         let mapping = Mapping::of_parts(&file, &parts(size, pages)?)?;
         Ok(Self { file, pages: pages.to_vec(), mapping })
     }

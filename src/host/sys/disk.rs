@@ -9,11 +9,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
 
 /// The most pieces in one system call (IOV_MAX).
 pub const MOST_PIECES: usize = 1024;
-/// What zeroes are written from.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// What zeroes are written from. Nobody changes it; that somebody could keeps it out of the program's file.
+static ZEROES: [AtomicU8; 64 << 10] = [const { AtomicU8::new(0) }; 64 << 10];
 /// The most zeroes that [`Buffers::zeroes`] can stand for.
 pub const MOST_ZEROES: u64 = (MOST_PIECES * ZEROES.len()) as u64;
 
