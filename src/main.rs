@@ -14,6 +14,7 @@ use bantam::snapshot::{self, Manifest, Snapshot, Target};
 use bantam::{arch, board, check, clones, host, machine, top};
 
 fn main() -> ExitCode {
+    host::sys::share_heap();
     host::guard();
     ExitCode::from(status_of(carry_out()))
 }

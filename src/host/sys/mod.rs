@@ -81,6 +81,16 @@ pub fn handle_kicks() -> io::Result<()> {
     mask(libc::SIG_UNBLOCK, &set_of(&[KICK]))
 }
 
+/// All threads take memory from one heap. One of its own costs a thread system calls and pages, and no thread asks for
+/// memory often enough to wait for another.
+pub fn share_heap() {
+    // SAFETY: mallopt changes nothing but how malloc goes on, and no other thread runs yet that could ask for memory.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
+}
+
 /// The process may map so much and no more (RLIMIT_AS).
 pub fn address_space_is_limited() -> bool {
     let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
