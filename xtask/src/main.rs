@@ -1,4 +1,4 @@
-//! Bantam's own tools: `cargo xtask test`, `build`, `clippy`, `host`, `kernels`, `bench`, `soak`, `stats`.
+//! Bantam's own tools: `cargo xtask test`, `build`, `clippy`, `host`, `kernels`, `bench`, `order`, `soak`, `stats`.
 //!
 //! Invariant: nothing here is needed to build or run Bantam, and what a command prints last is its verdict.
 
@@ -17,6 +17,7 @@ mod lane;
 mod linux;
 #[cfg(test)]
 mod loops;
+mod order;
 mod sh;
 mod soak;
 mod stats;
@@ -42,6 +43,8 @@ enum Task {
     Kernels(linux::Words),
     /// Measure Bantam beside the floor, a minimal program that makes the same system calls
     Bench(bench::Words),
+    /// Have the linker lay side by side what the start of a machine executes: writes xtask/start.ld
+    Order,
     /// Run seeded jobs with large counts; a job that was cut short goes on where it stopped
     Soak(soak::Words),
     /// Lines of code, what is over the limits of size, unsafe blocks, dependencies
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Task::Host(words) => host::run(&words),
         Task::Kernels(words) => linux::run(&words),
         Task::Bench(words) => bench::run(&words),
+        Task::Order => order::run(),
         Task::Soak(words) => soak::run(&words),
         Task::Stats => stats::run(),
     };
