@@ -10,13 +10,13 @@ use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context, Result};
 
-use super::ram::{self, BLOCK, Image, Ram};
+use super::ram::{self, Image, Ram, block};
 use super::write::{Target, complete, describe};
 use super::{MEMORY, Manifest, Xxh64, broken, sum};
 use crate::error::Refusal;
 
 /// The sum of a block of zeroes.
-static ZEROES: LazyLock<Xxh64> = LazyLock::new(|| sum(&[0; BLOCK as usize]));
+static ZEROES: LazyLock<Xxh64> = LazyLock::new(|| sum(&block()));
 
 /// What a difference has for a block that held something and is all zeroes now, of which nothing is in its file.
 pub fn zeroes() -> Xxh64 {

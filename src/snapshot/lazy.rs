@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::ram::{BLOCK, Image, part_of};
+use super::ram::{BLOCK, Image, block, part_of};
 use super::{Xxh64, sum, take};
 use crate::event::{Edge, Readiness, Worker};
 use crate::host::file;
@@ -151,7 +151,11 @@ impl Source for Coming {
 
     fn read(&self, part: Span, into: &mut [u8]) -> Result<()> {
         let (_, at) = part_of(&self.places, part.start).context("it is not RAM")?;
-        let mut bytes = [0; BLOCK as usize];
+        if into.len() as u64 == BLOCK {
+            return self.image.read(at / BLOCK, into);
+        }
+        // The last of a mapping.
+        let mut bytes = block();
         self.image.read(at / BLOCK, &mut bytes)?;
         let bytes = bytes.get(..into.len()).context("more than a block")?;
         into.copy_from_slice(bytes);

@@ -51,6 +51,11 @@ impl Ram {
     }
 }
 
+/// Room for a block; on a stack it would make all its pages there, in every machine.
+pub fn block() -> Vec<u8> {
+    vec![0; BLOCK as usize]
+}
+
 /// Where each mapping of RAM begins in the file, and how long that is: each begins a block.
 fn places(spans: impl IntoIterator<Item = Span>) -> (Vec<(u64, Span)>, u64) {
     let mut end = 0;
@@ -264,12 +269,12 @@ struct Pouring<'a> {
     path: &'a Path,
     file: File,
     sums: BTreeMap<u64, Xxh64>,
-    bytes: Box<[u8; BLOCK as usize]>,
+    bytes: Vec<u8>,
 }
 
 impl<'a> Pouring<'a> {
     fn new(path: &'a Path) -> Result<Self> {
-        Ok(Self { path, file: make(path)?, sums: BTreeMap::new(), bytes: Box::new([0; BLOCK as usize]) })
+        Ok(Self { path, file: make(path)?, sums: BTreeMap::new(), bytes: block() })
     }
 
     /// Writes one part, the first time that it is asked for.
@@ -292,13 +297,13 @@ impl<'a> Pouring<'a> {
 
     /// The sum of what is to be written, if it is not all zeroes.
     fn now(&self) -> Option<Xxh64> {
-        (!is_zero(&*self.bytes)).then(|| sum(&*self.bytes))
+        (!is_zero(&self.bytes)).then(|| sum(&self.bytes))
     }
 
     /// Writes a block, of which there is nothing in the file where it is all zeroes.
     fn put(&mut self, block: u64, now: Option<Xxh64>) -> Result<()> {
         if now.is_some() {
-            let written = self.file.write_all_at(&*self.bytes, block * BLOCK);
+            let written = self.file.write_all_at(&self.bytes, block * BLOCK);
             written.with_context(|| format!("writing {}", self.path.display()))?;
         }
         self.sums.insert(block, now.unwrap_or_else(zeroes));
@@ -392,7 +397,7 @@ impl Image {
         let all = self.there();
         let threads = thread::available_parallelism().map_or(1, usize::from).min(all.len().div_ceil(WORTH)).max(1);
         let one = |blocks: &[u64]| -> Result<()> {
-            let mut bytes = [0; BLOCK as usize];
+            let mut bytes = block();
             blocks.iter().try_for_each(|block| self.read(*block, &mut bytes))
         };
         let share = all.len().div_ceil(threads).max(1);
@@ -428,8 +433,8 @@ impl Image {
         all
     }
 
-    /// Reads a block, and compares it with its sum.
-    pub fn read(&self, block: u64, bytes: &mut [u8; BLOCK as usize]) -> Result<()> {
+    /// Reads a block, into as many bytes, and compares it with its sum.
+    pub fn read(&self, block: u64, bytes: &mut [u8]) -> Result<()> {
         let at = block * BLOCK;
         self.file.read_exact_at(bytes, at).with_context(|| format!("reading {}", self.path.display()))?;
         let known =
@@ -454,7 +459,7 @@ impl Image {
     /// # Errors
     /// It is not as it was written, or the machine is another.
     pub fn fill(&self, memory: &Memory) -> Result<()> {
-        let (places, mut bytes) = (self.places(spans(memory))?, [0; BLOCK as usize]);
+        let (places, mut bytes) = (self.places(spans(memory))?, block());
         for block in self.there() {
             let at = block * BLOCK;
             let place = places.iter().rev().find(|(start, span)| *start <= at && at - start < span.size);
