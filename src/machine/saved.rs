@@ -76,7 +76,8 @@ impl Machine<Paused> {
         board::load_vm(&self.vm, &self.cpus(), &self.board, (of_kvm, passed))?;
         // It shall take note that it stood still, lest it complains of a stall.
         if passed > Duration::from_secs(1) {
-            self.cpus().into_iter().for_each(arch::was_stopped);
+            let hear = self.cpus().into_iter().zip(cpus).filter(|(_, saved)| saved.hears_of_stops());
+            hear.for_each(|(fd, _)| arch::was_stopped(fd));
         }
         // Last: what raises an interrupt needs somebody to raise it to.
         self.board.buses.load(devices)

@@ -90,7 +90,7 @@ const JOBS: [Job; 16] = [
     Job {
         name: "snapshot-bits",
         count: 100_000,
-        chunk: 10_000,
+        chunk: 5_000,
         sample: false,
         command: &["cargo", "test", "--release", "--test", "snapshot", "p25_"],
     },

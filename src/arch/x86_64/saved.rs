@@ -37,14 +37,24 @@ const CR4_VMXE: u64 = 1 << 13;
 const EFER_SVME: u64 = 1 << 12;
 
 /// Structures in which a new CPU has nothing but these words (SDM vol. 3, "Processor State After Reset"): XCR0 is x87's bit,
-/// DR6 and DR7 have the bits that are always set; and it runs, where nobody has to start it.
-const NEW: [(&str, &[(usize, u32)]); 3] =
-    [("xcrs", &[(0, 1), (4, 1)]), ("debugregs", &[(8, 0xffff_0ff0), (10, 0x400)]), (MP_STATE, &[])];
+/// DR6 and DR7 have the bits that are always set, the control word of x87 and MXCSR their initial values; and it runs, where
+/// nobody has to start it.
+const NEW: [(&str, &[(usize, u32)]); 4] = [
+    (XSAVE, &[(0, 0x37f), (6, 0x1f80)]),
+    ("xcrs", &[(0, 1), (4, 1)]),
+    ("debugregs", &[(8, 0xffff_0ff0), (10, 0x400)]),
+    (MP_STATE, &[]),
+];
+/// What the host's CPUs have of MXCSR, and of XCR0 (SDM vol. 1, 10.5.1.2 and 13.4.1: bytes 28, and 464, which are software's).
+const OF_THE_HOST: [usize; 2] = [7, 116];
 /// Which of its fields are valid, in `kvm_vcpu_events`, whose others are 0 where nothing is pending or masked.
 const EVENTS_FLAGS: usize = 5;
 
 /// KVM's own registers, which a new CPU has at 0, and which only a guest that was told of them may set.
 const OF_KVM: RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4dff;
+
+/// MSR_KVM_SYSTEM_TIME and MSR_KVM_SYSTEM_TIME_NEW (Documentation/virt/kvm/x86/msr.rst): where the guest's kvmclock is.
+const SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
 /// Hyper-V's registers, which CPUID offers to no guest here; two of them are clocks.
 const HYPER_V: RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
@@ -65,13 +75,14 @@ const CPU: [Part; 8] = [
     part::<kvm_mp_state>(MP_STATE, 0x98, 0x99),
     part::<kvm_regs>("regs", 0x81, 0x82),
     part::<kvm_sregs>("sregs", 0x83, 0x84),
-    part::<kvm_xsave>("xsave", 0xa4, 0xa5),
+    part::<kvm_xsave>(XSAVE, 0xa4, 0xa5),
     part::<kvm_xcrs>("xcrs", 0xa6, 0xa7),
     part::<kvm_debugregs>("debugregs", 0xa1, 0xa2),
     LAPIC,
     EVENTS,
 ];
 const MP_STATE: &str = "mp-state";
+const XSAVE: &str = "xsave";
 const LAPIC: Part = part::<kvm_lapic_state>("lapic", 0x8e, 0x8f);
 const EVENTS: Part = part::<kvm_vcpu_events>("events", 0x9f, 0xa0);
 
@@ -101,6 +112,13 @@ pub struct SavedCpu {
     cpuid: Vec<[u32; 7]>,
     parts: Vec<Words>,
     msrs: Registers,
+}
+
+impl SavedCpu {
+    /// Its guest has a kvmclock, by which it can be told that it stood still.
+    pub fn hears_of_stops(&self) -> bool {
+        self.msrs.iter().any(|(index, value)| SYSTEM_TIME.contains(index) && *value != 0)
+    }
 }
 
 /// Model-specific registers: number and value.
@@ -134,7 +152,8 @@ fn is_new(Words { name, words }: &Words) -> bool {
     }
     let new = NEW.iter().find(|(known, _)| known == name).map(|(_, words)| *words);
     let value = |at| new.into_iter().flatten().find(|(index, _)| *index == at).map_or(0, |(_, value)| *value);
-    new.is_some() && words.iter().enumerate().all(|(at, word)| *word == value(at))
+    let hosts = |at| name == XSAVE && OF_THE_HOST.contains(&at);
+    new.is_some() && words.iter().enumerate().all(|(at, word)| *word == value(at) || hosts(at))
 }
 
 fn set(fd: &impl AsRawFd, part: &Part, saved: &Words) -> Result<()> {
