@@ -15,7 +15,7 @@ use crate::arch;
 use crate::config::{Config, Seconds, Size, Words as Text};
 use crate::error::usage;
 use crate::load::{self, Image};
-use crate::snapshot::{How, Manifest, Verify};
+use crate::snapshot::{How, Manifest, NOTED, Verify};
 
 /// What a person asked for.
 #[derive(Debug, Clone)]
@@ -393,14 +393,14 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Command> {
             let folder = words.get_one::<PathBuf>("guest").context("no folder")?;
             let manifest = Manifest::open(folder)?;
             let config = of_snapshot(&manifest, words)?;
-            Ok(Command::Restore(folder.clone(), Box::new(manifest), How { note: true, ..how(words) }, config))
+            Ok(Command::Restore(folder.clone(), Box::new(manifest), How { note: Some(NOTED), ..how(words)? }, config))
         }
         "clone" => {
             let of = words.get_one::<PathBuf>("guest").context("no folder")?;
             Ok(Command::Clone(Cloning {
                 of: of.to_str().context("a name or a folder whose name is text")?.to_owned(),
                 count: words.get_one("count").copied().unwrap_or(1),
-                how: how(words),
+                how: how(words)?,
                 disks: words.get_one("disk-mode").copied().unwrap_or_default(),
                 words: words.clone(),
             }))
@@ -447,10 +447,13 @@ fn other(matches: &ArgMatches) -> Result<Command> {
     })
 }
 
-fn how(words: &ArgMatches) -> How {
+fn how(words: &ArgMatches) -> Result<How> {
     let verify = words.get_one("verify").copied().unwrap_or_default();
     let (copy, freeze_clock) = (words.get_flag("copy"), words.get_flag("clock-freeze"));
-    How { verify, copy, freeze_clock, note: false }
+    if copy && verify == Verify::Lazy {
+        return Err(usage("--copy reads all of RAM at once, and --verify lazy what is touched: choose one").into());
+    }
+    Ok(How { verify, copy, freeze_clock, note: None })
 }
 
 /// The machine of a snapshot, with what it is to have another of.

@@ -23,6 +23,8 @@ fn main() -> ExitCode {
 fn status_of(result: Result<u8>) -> u8 {
     result.unwrap_or_else(|error| {
         host::terminal::restore();
+        // A machine that nobody may take down has left its own.
+        host::socket::remove_all();
         say(&format!("bantam: {error:#}").replace('\n', " "));
         let (status, hint) = verdict(&error);
         if let Some(hint) = hint {

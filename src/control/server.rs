@@ -12,6 +12,7 @@ use anyhow::Result;
 
 use super::{Answer, Request, claim};
 use crate::event::{Edge, Readiness};
+use crate::host::socket;
 
 /// Clients at once; one more takes the place of the one that has been silent longest.
 const CLIENTS: usize = 16;
@@ -78,6 +79,7 @@ impl Server {
     /// The name is taken, or the folder cannot be used.
     pub fn new(name: &str) -> Result<Option<Self>> {
         let taken = claim(name)?;
+        taken.iter().for_each(|(_, path)| socket::enter(path));
         Ok(taken.map(|(listener, path)| Self {
             path,
             listener,
@@ -256,6 +258,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         // Before the listener closes: after that another machine may take the name.
         let _ = std::fs::remove_file(&self.path);
+        socket::leave(&self.path);
     }
 }
 

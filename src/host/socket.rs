@@ -49,7 +49,7 @@ impl Listener {
             return Err(refuse(format!("{}: somebody listens there already", what())).hint(hint).into());
         }
         let socket = listen(path, BACKLOG).with_context(what)?;
-        PATHS.lock().unwrap_or_else(PoisonError::into_inner).push(path.into());
+        enter(path);
         Ok(Self { socket, path: path.into() })
     }
 
@@ -76,8 +76,18 @@ impl Drop for Listener {
     fn drop(&mut self) {
         // While it still listens: afterwards another may take the path.
         let _ = std::fs::remove_file(&self.path);
-        PATHS.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| *path != self.path);
+        leave(&self.path);
     }
+}
+
+/// A path that [`remove_all`] is to take away.
+pub fn enter(path: &Path) {
+    PATHS.lock().unwrap_or_else(PoisonError::into_inner).push(path.into());
+}
+
+/// One that is gone.
+pub fn leave(gone: &Path) {
+    PATHS.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| path != gone);
 }
 
 /// Takes all sockets that listen away, at the end of the process.

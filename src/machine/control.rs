@@ -180,7 +180,10 @@ impl Control {
     /// The machine has ended, whatever else was wanted of it.
     pub fn has_ended(&mut self) {
         self.answer(&Err("the machine has ended".into()));
-        if let Some(answer) = self.writing.take().map(Writing::end) {
+        if let Some(mut writing) = self.writing.take() {
+            let answer = writing.end();
+            // It may live again.
+            self.base = writing.kept().or(self.base.take());
             let _ = self.server.as_mut().map(|server| server.deliver(&answer, None));
         }
     }

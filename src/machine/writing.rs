@@ -180,7 +180,7 @@ impl Writing {
     }
 
     /// Nobody waits for it any more, unless it is complete: that gives what became of it.
-    pub fn end(mut self) -> Answer {
+    pub fn end(&mut self) -> Answer {
         self.goes_on();
         self.stop();
         let complete = self.outcome().filter(Result::is_ok);

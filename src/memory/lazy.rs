@@ -18,8 +18,7 @@ use crate::host::output::Bell;
 use crate::host::say::say;
 use crate::host::sys::userfault::{Fault, Guarded};
 
-/// For how long it is noted what is touched, and how many parts at most.
-const NOTED: Duration = Duration::from_secs(1);
+/// How many parts are noted at most.
 const MOST: usize = 1 << 16;
 /// How long whoever runs the machine has to end it, once a part of it turned out to be wrong.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -49,6 +48,9 @@ pub trait Source: Send + Sync {
 
     /// What will be touched soon, first what will be first.
     fn ahead(&self) -> Vec<Span>;
+
+    /// For how long it is to be noted what is touched; none where nobody wants to know.
+    fn notes(&self) -> Option<Duration>;
 
     /// What was touched soon, in that order.
     fn note(&self, parts: &[Span]);
@@ -88,11 +90,11 @@ impl Lazy {
             guarded.register(mapping.start().addr(), span.size as usize).context("watching RAM")?;
             places.push((*span, mapping.start().addr()));
         }
-        let mut ahead = source.ahead();
+        let (mut ahead, notes) = (source.ahead(), source.notes());
         ahead.reverse();
         let shared = Arc::new(Shared {
             source,
-            noted: Mutex::new(ahead.is_empty().then(Noted::default)),
+            noted: Mutex::new(notes.map(|_| Noted::default())),
             wish: AtomicU8::new(NOTHING),
             broken: OnceLock::new(),
             told: AtomicBool::new(false),
@@ -101,7 +103,7 @@ impl Lazy {
         let mut fetching = Fetching {
             guarded,
             places,
-            noted: ahead.is_empty().then(|| Instant::now() + NOTED),
+            noted: notes.and_then(|notes| Instant::now().checked_add(notes)),
             ahead,
             bytes: Vec::new(),
             shared: shared.clone(),
@@ -196,6 +198,7 @@ impl Fetching {
         let (readiness, mut ready) = (Readiness::new().context("epoll")?, Vec::new());
         readiness.watch(&self.guarded, WAITING, Edge::Level).context("epoll")?;
         readiness.watch(&self.wish, WISH, Edge::Level).context("epoll")?;
+        let mut all = false;
         loop {
             while let Some(Fault::First(at) | Fault::Write(at)) = self.guarded.waiting() {
                 let part = self.address(at).and_then(|addr| self.shared.source.part(addr));
@@ -204,16 +207,24 @@ impl Fetching {
                 self.shared.touched(part);
             }
             match self.shared.wish.load(Ordering::SeqCst) {
-                NOTHING => {}
-                wish => {
+                ALL if !all => {
                     self.shared.note();
-                    return if wish == ALL { self.rest() } else { Ok(()) };
+                    self.ahead = self.shared.source.parts();
+                    all = true;
                 }
+                END => {
+                    self.shared.note();
+                    return Ok(());
+                }
+                _ => {}
             }
             // While nobody waits.
             if let Some(part) = self.ahead.pop() {
                 self.fetch(part)?;
                 continue;
+            }
+            if all {
+                return Ok(());
             }
             let patience = self.noted.map(|until| until.saturating_duration_since(Instant::now()));
             readiness.wait(patience, &mut ready).context("epoll")?;
@@ -239,10 +250,6 @@ impl Fetching {
         self.guarded.put(start + (part.start - span.start) as usize, &self.bytes).context("putting RAM in its place")
     }
 
-    fn rest(&mut self) -> Result<()> {
-        self.shared.source.parts().into_iter().try_for_each(|part| self.fetch(part))
-    }
-
     /// Nobody who waits goes on.
     fn fail(&self, why: &str, bell: &Bell) {
         let _ = self.shared.broken.set(why.to_owned());
@@ -252,8 +259,9 @@ impl Fetching {
             // Whoever would hear of it waits itself.
             if Instant::now() >= end {
                 crate::host::terminal::restore();
+                crate::host::socket::remove_all();
                 say(&format!("bantam: {why}"));
-                std::process::exit(status::DIED.into());
+                crate::host::sys::exit_now(status::DIED);
             }
             std::thread::sleep(LOOK);
         }
@@ -293,5 +301,82 @@ impl Memory {
         if let Some(lazy) = self.all.lazy.get() {
             lazy.settle();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PART: u64 = 1 << 16;
+    const PARTS: u64 = 400;
+
+    /// Parts that hold their numbers, but for the last, which is zeroes; the order in which they were asked for.
+    struct Numbers {
+        asked: Mutex<Vec<u64>>,
+        begun: Bell,
+    }
+
+    impl Source for Numbers {
+        fn part(&self, addr: u64) -> Option<Span> {
+            Span::new(addr / PART * PART, PART)
+        }
+
+        fn read(&self, part: Span, into: &mut [u8]) -> Result<()> {
+            let (number, mut asked) = (part.start / PART, self.asked.lock().unwrap());
+            asked.push(number);
+            into.fill(if number == PARTS - 1 { 0 } else { number as u8 });
+            if asked.len() == 3 {
+                // Who touches the last comes now.
+                self.begun.ring();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Ok(())
+        }
+
+        fn parts(&self) -> Vec<Span> {
+            (0..PARTS - 1).filter_map(|number| self.part(number * PART)).collect()
+        }
+
+        fn ahead(&self) -> Vec<Span> {
+            Vec::new()
+        }
+
+        fn notes(&self) -> Option<Duration> {
+            None
+        }
+
+        fn note(&self, _parts: &[Span]) {}
+    }
+
+    /// Nobody waits for all of it who wants a part.
+    #[test]
+    fn a_guest_goes_on_while_all_of_its_ram_comes() {
+        let span = Span { start: 0, size: PARTS * PART };
+        let source = Arc::new(Numbers { asked: Mutex::default(), begun: Bell::new().unwrap() });
+        let memory = match Memory::lazy(&[span], source.clone(), Bell::new().unwrap()) {
+            Ok(memory) => memory,
+            Err(e) => return crate::host::skipped(&format!("no userfaultfd here: {e}")),
+        };
+        let (guest, begun) = (memory.clone(), source.begun.clone());
+        let thread = std::thread::spawn(move || {
+            let (readiness, mut ready) = (Readiness::new().unwrap(), Vec::new());
+            readiness.watch(&begun, 0, Edge::Level).unwrap();
+            readiness.wait(None, &mut ready).unwrap();
+            let mut byte = [9];
+            guest.read((PARTS - 1) * PART, &mut byte).unwrap();
+            byte
+        });
+        memory.settle();
+        assert_eq!(thread.join().unwrap(), [0]);
+        let asked = source.asked.lock().unwrap().clone();
+        let at = asked.iter().position(|number| *number == PARTS - 1);
+        assert!(at.is_some_and(|at| at < PARTS as usize / 2), "{asked:?}");
+        assert_eq!(asked.len() as u64, PARTS);
+        // It is RAM like any other.
+        let mut byte = [0];
+        memory.read(77 * PART, &mut byte).unwrap();
+        assert_eq!((byte, memory.broken()), ([77], None));
+        assert!(memory.freeze().is_ok());
     }
 }

@@ -62,9 +62,11 @@ struct Layer {
 
 impl Layer {
     fn open(folder: &Path) -> Result<Self> {
-        let manifest = Manifest::open(folder)?;
+        let mut manifest = Manifest::open(folder)?;
         let state = manifest.state(folder)?;
         let image = Image::open(folder.join(MEMORY), &manifest.memory, manifest.own)?;
+        // The file has them too.
+        manifest.memory.blocks = Vec::new();
         Ok(Self { folder: folder.to_owned(), manifest, state, image })
     }
 
@@ -96,7 +98,11 @@ pub fn merge(first: &Path, differences: &[PathBuf], target: &Target) -> Result<M
     let mut layers = vec![first];
     for folder in differences {
         let layer = Layer::open(folder)?;
-        layers.last().map_or(Ok(()), |before| layer.follows(before))?;
+        if let Some(before) = layers.last_mut() {
+            layer.follows(before)?;
+            // That of the last is kept.
+            before.state = Vec::new();
+        }
         layers.push(layer);
     }
     let images: Vec<&Image> = layers.iter().map(|layer| &layer.image).collect();

@@ -4,15 +4,18 @@
 //! another moment, there is none.
 
 use std::collections::HashSet;
-use std::io::Write as _;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
 use super::ram::{BLOCK, Image, block, part_of};
-use super::{Xxh64, sum, take};
+use super::{Xxh64, sum};
 use crate::event::{Edge, Readiness, Worker};
 use crate::host::file;
 use crate::host::output::Bell;
@@ -20,6 +23,10 @@ use crate::memory::{Memory, Source, Span};
 
 /// How many blocks are read ahead at most.
 const MOST: usize = 1 << 16;
+/// The largest file that says so: each number has at most 20 digits, and a comma.
+const LARGEST: u64 = (MOST as u64 + 8) * 21;
+/// For how long it is noted what a machine touches.
+pub const NOTED: Duration = Duration::from_secs(1);
 
 /// The blocks of RAM that a machine touched soon, in that order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,22 +40,37 @@ struct Noted {
 /// Where that is.
 #[derive(Debug, Clone)]
 pub struct WorkingSet {
-    path: PathBuf,
+    /// None where the folder has no place beside it.
+    path: Option<PathBuf>,
     of: Xxh64,
 }
 
 impl WorkingSet {
     /// That of a snapshot, whose manifest has this sum.
     pub fn new(folder: &Path, of: Xxh64) -> Self {
-        let mut path = folder.components().as_path().as_os_str().to_owned();
-        path.push(".working-set");
-        Self { path: path.into(), of }
+        let beside = |folder: PathBuf| {
+            let mut name = folder.file_name()?.to_owned();
+            name.push(".working-set");
+            Some(folder.with_file_name(name))
+        };
+        Self { path: folder.canonicalize().ok().and_then(beside), of }
+    }
+
+    /// What is there, if it is of the size and the owner that it should be: anybody may be able to write beside the folder.
+    fn read(&self) -> Option<Vec<u8>> {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = File::options().read(true).custom_flags(flags).open(self.path.as_ref()?).ok()?;
+        let told = file.metadata().ok()?;
+        let good = told.is_file() && told.uid() == geteuid().as_raw() && told.len() <= LARGEST;
+        let mut bytes = Vec::new();
+        good.then(|| file.take(LARGEST).read_to_end(&mut bytes).ok())??;
+        Some(bytes)
     }
 
     /// The blocks; none where none were noted.
     pub fn blocks(&self) -> Vec<u64> {
         let read = || {
-            let bytes = take(&self.path).ok()?;
+            let bytes = self.read()?;
             let (digits, noted) = bytes.split_at_checked(16)?;
             (digits == sum(noted).to_string().as_bytes()).then_some(())?;
             let Noted { of, mut blocks } = serde_json::from_slice(noted).ok()?;
@@ -60,17 +82,18 @@ impl WorkingSet {
 
     /// Notes them. Who cannot has none the next time.
     pub fn note(&self, blocks: Vec<u64>) {
-        let write = |mut file: std::fs::File| {
+        let write = |mut file: File| {
             let noted = serde_json::to_vec(&Noted { of: self.of, blocks })?;
             file.write_all(sum(&noted).to_string().as_bytes())?;
             Ok(file.write_all(&noted)?)
         };
-        let _ = file::replace(&self.path, None, write);
+        let _ = self.path.as_ref().map(|path| file::replace(path, None, write));
     }
 }
 
-/// When it is looked at what a machine has touched that shares its RAM with the file: milliseconds after its start.
-const LOOKS: [u64; 6] = [3, 10, 30, 100, 300, 1000];
+/// When it is looked at what a machine has touched that shares its RAM with the file: milliseconds after its start, and at last
+/// when no more is to be noted.
+const LOOKS: [u64; 5] = [3, 10, 30, 100, 300];
 /// More RAM than that takes too long to look at.
 const TOO_MUCH: u64 = 16 << 30;
 
@@ -82,7 +105,7 @@ pub struct Noting {
 
 impl Noting {
     /// Begins. None where it cannot.
-    pub fn start(working_set: WorkingSet, places: Vec<(u64, Span)>, memory: Memory) -> Option<Self> {
+    pub fn start(working_set: WorkingSet, places: Vec<(u64, Span)>, memory: Memory, long: Duration) -> Option<Self> {
         let size = places.iter().map(|(_, span)| span.size).sum::<u64>();
         let end = Bell::new().ok().filter(|_| size <= TOO_MUCH)?;
         let readiness = Readiness::new().ok()?;
@@ -90,7 +113,7 @@ impl Noting {
         let worker = Worker::start("working set".into(), move || {
             let (begun, mut ready) = (Instant::now(), Vec::new());
             let (mut blocks, mut once) = (Vec::new(), HashSet::new());
-            for look in LOOKS.map(Duration::from_millis) {
+            for look in LOOKS.map(Duration::from_millis).into_iter().chain([long]) {
                 while ready.is_empty() && begun.elapsed() < look {
                     let left = look.saturating_sub(begun.elapsed());
                     if readiness.wait(Some(left), &mut ready).is_err() {
@@ -124,16 +147,19 @@ pub struct Coming {
     image: Image,
     places: Vec<(u64, Span)>,
     working_set: WorkingSet,
+    ahead: Vec<u64>,
+    notes: Option<Duration>,
 }
 
 impl Coming {
-    /// That of a machine whose mappings these are.
+    /// That of a machine whose mappings these are; for how long it is noted what it touches, if nobody knows.
     ///
     /// # Errors
     /// The machine is another.
-    pub fn new(image: &Image, spans: &[Span], working_set: &WorkingSet) -> Result<Self> {
-        let places = image.places(spans.iter().copied())?;
-        Ok(Self { image: image.clone(), places, working_set: working_set.clone() })
+    pub fn new(image: &Image, spans: &[Span], working_set: &WorkingSet, notes: Option<Duration>) -> Result<Self> {
+        let (places, ahead) = (image.places(spans.iter().copied())?, working_set.blocks());
+        let notes = notes.filter(|_| ahead.is_empty());
+        Ok(Self { image: image.clone(), places, working_set: working_set.clone(), ahead, notes })
     }
 
     /// Where a block is in RAM.
@@ -168,8 +194,12 @@ impl Source for Coming {
 
     fn ahead(&self) -> Vec<Span> {
         let mut once = HashSet::new();
-        let blocks = self.working_set.blocks().into_iter();
+        let blocks = self.ahead.iter().copied();
         blocks.filter_map(|block| self.span(block)).filter(|span| once.insert(*span)).collect()
+    }
+
+    fn notes(&self) -> Option<Duration> {
+        self.notes
     }
 
     fn note(&self, parts: &[Span]) {

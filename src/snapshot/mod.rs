@@ -23,6 +23,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use twox_hash::XxHash64;
 
 pub use self::diff::{Base, merge};
+pub use self::lazy::NOTED;
 use self::lazy::{Coming, Noting, WorkingSet};
 use self::ram::{Image, Ram};
 pub use self::ram::{Moment, Watched};
@@ -175,8 +176,8 @@ pub struct Snapshot {
     pub state: State,
     image: Image,
     working_set: WorkingSet,
-    /// What it is, is to be found out.
-    notes: bool,
+    /// For how long it is to be found out what that is.
+    notes: Option<Duration>,
     way: Way,
     freeze_clock: bool,
     /// Its folder is there as long as its owner wants.
@@ -213,8 +214,8 @@ pub struct How {
     pub copy: bool,
     /// Its clocks go on from where they were, and not from what it is now.
     pub freeze_clock: bool,
-    /// What it touches soon is noted, if that is not known, for those that go on from there later.
-    pub note: bool,
+    /// For how long it is noted what it touches, if that is not known, for those that go on from there later.
+    pub note: Option<Duration>,
 }
 
 fn sum(bytes: &[u8]) -> Xxh64 {
@@ -371,13 +372,13 @@ impl Snapshot {
         };
         let working_set = WorkingSet::new(folder, manifest.own);
         // The others compare what they read.
-        let mut notes = false;
+        let mut notes = how.note;
         if way == Way::Mapped {
             image.keep()?;
             image.check(how.verify)?;
             let blocks = working_set.blocks();
             image.want(&blocks);
-            notes = how.note && blocks.is_empty();
+            notes = notes.filter(|_| blocks.is_empty());
         }
         let freeze_clock = how.freeze_clock;
         Ok(Self { manifest, state, image, working_set, notes, way, freeze_clock, stays: true })
@@ -413,8 +414,8 @@ impl Snapshot {
     /// Has what a machine with this RAM touches soon noted, if it is to be, as long as what it gives lives.
     pub fn note(&self, memory: &Memory) -> Option<Noting> {
         let spans = memory.slots().into_iter().map(|slot| slot.span);
-        let places = self.image.places(spans).ok().filter(|_| self.notes)?;
-        Noting::start(self.working_set.clone(), places, memory.clone())
+        let long = self.notes.filter(|_| self.way == Way::Mapped)?;
+        Noting::start(self.working_set.clone(), self.image.places(spans).ok()?, memory.clone(), long)
     }
 
     /// The RAM of a machine that goes on from here, whose mappings these are; they are shared with the file, which never
@@ -432,7 +433,7 @@ impl Snapshot {
                 Ok(memory)
             }
             Way::Lazy => {
-                let coming = Coming::new(&self.image, spans, &self.working_set)?;
+                let coming = Coming::new(&self.image, spans, &self.working_set, self.notes)?;
                 Memory::lazy(spans, Arc::new(coming), bell())
             }
         }

@@ -18,9 +18,11 @@ fn ram() -> Memory {
     Memory::new(&spans(), false).unwrap()
 }
 
-const COPY: How = How { verify: Verify::Always, copy: true, freeze_clock: true, note: false };
-const LAZY: How = How { verify: Verify::Lazy, copy: false, freeze_clock: true, note: false };
-const MAP: How = How { verify: Verify::Always, copy: false, freeze_clock: true, note: false };
+const COPY: How = How { verify: Verify::Always, copy: true, freeze_clock: true, note: None };
+pub const LAZY: How = How { verify: Verify::Lazy, copy: false, freeze_clock: true, note: None };
+/// Whatever takes long here.
+const HOUR: Option<Duration> = Some(Duration::from_secs(3600));
+const MAP: How = How { verify: Verify::Always, copy: false, freeze_clock: true, note: None };
 
 fn bell() -> Bell {
     Bell::new().unwrap()
@@ -263,7 +265,8 @@ fn ram_comes_when_it_is_touched_and_the_next_time_before() {
     }
     let (folder, path) = snapshot();
     let lazy = || {
-        let memory = Snapshot::open(&path, LAZY).unwrap().memory(&spans(), bell).unwrap();
+        let how = How { note: HOUR, ..LAZY };
+        let memory = Snapshot::open(&path, how).unwrap().memory(&spans(), bell).unwrap();
         let place = format!("{:x}", memory.slots()[0].host);
         (memory, move || there(&place))
     };
@@ -311,12 +314,13 @@ fn ram_comes_when_it_is_touched_and_the_next_time_before() {
 #[test]
 fn what_a_machine_touches_soon_is_known_the_next_time() {
     let (_folder, path) = snapshot();
-    let open = || Snapshot::open(&path, How { note: true, ..MAP }).unwrap();
+    let open = || Snapshot::open(&path, How { note: HOUR, ..MAP }).unwrap();
     let noted = || WorkingSet::new(&path, Manifest::open(&path).unwrap().own).blocks();
     let snapshot = open();
     let memory = snapshot.memory(&spans(), bell).unwrap();
     let noting = snapshot.note(&memory).unwrap();
     memory.read(15 * BLOCK + 5, &mut [0]).unwrap();
+    // After some looks.
     std::thread::sleep(Duration::from_millis(200));
     memory.read((1 << 32) + 3 * BLOCK, &mut [0]).unwrap();
     assert!(noted().is_empty());
@@ -328,6 +332,24 @@ fn what_a_machine_touches_soon_is_known_the_next_time() {
     // Nobody asked for it.
     std::fs::remove_file(path.with_extension("working-set")).unwrap();
     assert!(Snapshot::open(&path, MAP).unwrap().note(&memory).is_none());
+}
+
+/// And a list that somebody else can have put there.
+#[test]
+fn a_note_is_read_only_if_it_is_a_small_file() {
+    let (_folder, path) = snapshot();
+    let beside = path.with_extension("working-set");
+    let noted = |name: &Path| WorkingSet::new(name, Xxh64(5)).blocks();
+    rustix::fs::mkfifoat(rustix::fs::CWD, &beside, rustix::fs::Mode::RUSR).unwrap();
+    assert!(noted(&path).is_empty());
+    std::fs::remove_file(&beside).unwrap();
+    // Also where the folder is named by a way to it.
+    WorkingSet::new(&path.join("../one/."), Xxh64(5)).note((0..1 << 16).collect());
+    assert_eq!((noted(&path).len(), std::fs::read_dir(&path).unwrap().count()), (1 << 16, 4));
+    let list = serde_json::to_vec(&(0..3 << 17).collect::<Vec<_>>()).unwrap();
+    let text = [br#"{"of":"0000000000000005","blocks":"#.as_slice(), &list, b"}"].concat();
+    std::fs::write(&beside, [sum(&text).to_string().as_bytes(), &text].concat()).unwrap();
+    assert!(noted(&path).is_empty());
 }
 
 #[test]

@@ -64,7 +64,8 @@ fn put(path: &Path, bytes: &[u8], target: &Target) -> Result<()> {
 
 /// Where a snapshot is while it is not complete.
 fn partial(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
+    // Without a slash at its end.
+    let mut name = path.components().as_path().as_os_str().to_owned();
     name.push(".partial");
     name.into()
 }

@@ -75,6 +75,8 @@ pub struct Active {
     pub features: u64,
     /// The device's configuration space is not what it was: the driver is to be told.
     pub space_changed: bool,
+    /// The machine is another one than that which the driver began in. Who sees to that takes it back.
+    pub moved: bool,
 }
 
 /// A device.
@@ -103,9 +105,6 @@ pub trait VirtioDevice: Send {
 
     /// Finishes or gives up all that is in flight: afterwards no chain is out and nothing writes to guest RAM.
     fn drain(&mut self, _active: &mut Active) {}
-
-    /// The machine that goes on with its driver is another one than that which the driver began in.
-    fn renew(&mut self) {}
 
     /// Its volatile state.
     fn save(&self) -> Saved;

@@ -129,7 +129,7 @@ impl Devices {
 
     /// Tells all devices that their machine is another one now.
     pub fn renew(&mut self) {
-        self.lent.values_mut().for_each(|lent| lent.device.renew());
+        self.lent.values_mut().for_each(|lent| lent.active.moved = true);
     }
 
     /// Waits for something to do, and does it.

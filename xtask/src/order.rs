@@ -16,8 +16,16 @@ use crate::{guest, sh};
 /// What is run: a built-in guest that ends at once, and one of a file, in this folder, that has to be ended.
 const RUNS: [&[&str]; 2] = [&["example", guest::ADD_NAME], &["run", "spin", "--memory", "512M", "--timeout", "1"]];
 
-/// Builds Bantam, runs it under callgrind, and writes what the linker is to be told.
+/// Builds Bantam, runs it under callgrind, and writes what the linker is to be told; or all is as it was.
 pub fn run() -> Result<ExitCode> {
+    let to = sh::root().join("xtask/start.ld");
+    let before = fs::read(&to).with_context(|| to.display().to_string())?;
+    write(&to).inspect_err(|_| {
+        let _ = fs::write(&to, before);
+    })
+}
+
+fn write(to: &Path) -> Result<ExitCode> {
     if !sh::require("valgrind", "valgrind") {
         bail!("without valgrind nobody knows what is executed");
     }
@@ -25,8 +33,7 @@ pub fn run() -> Result<ExitCode> {
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     fs::write(folder.join("spin"), guest::SPIN).with_context(|| folder.display().to_string())?;
     // Valgrind knows one section of code. And cargo links anew only what other words ask for.
-    let to = sh::root().join("xtask/start.ld");
-    fs::write(&to, "").with_context(|| to.display().to_string())?;
+    fs::write(to, "").with_context(|| to.display().to_string())?;
     let map = folder.join(format!("map-{}", std::process::id()));
     let link = format!("link-arg=-Wl,-Map={}", map.display());
     sh::run(sh::cargo(&["rustc", "--quiet", "--release", "-p", "bantam", "--bin", "bantam", "--", "-C", &link]))?;
@@ -42,7 +49,7 @@ pub fn run() -> Result<ExitCode> {
         .collect();
     let lines: String = patterns.iter().map(|pattern| format!("    {pattern}\n")).collect();
     let head = "/* Written by `cargo xtask order`: what the start of a machine executes. */\n";
-    fs::write(&to, format!("{head}SECTIONS\n{{\n  .text.start :\n  {{\n{lines}  }}\n}}\nINSERT BEFORE .text;\n"))?;
+    fs::write(to, format!("{head}SECTIONS\n{{\n  .text.start :\n  {{\n{lines}  }}\n}}\nINSERT BEFORE .text;\n"))?;
     println!("{}: {} patterns, from {} instructions", to.display(), patterns.len(), executed.len());
     Ok(ExitCode::SUCCESS)
 }

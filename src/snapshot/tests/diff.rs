@@ -287,7 +287,7 @@ proptest! {
                 chain.same(&format!("both {name}"), &whole);
             }
             // It goes on, or another does that came of it.
-            if let Some(how) = [MAP, COPY].get(usize::from(*life)) {
+            if let Some(how) = [MAP, COPY, LAZY].get(usize::from(*life)).filter(|how| **how != LAZY || can_wait()) {
                 let snapshot = Snapshot::open(&chain.path(&merged), *how).unwrap();
                 chain.memory = snapshot.memory(&spans(), bell).unwrap();
                 chain.base = snapshot.base();

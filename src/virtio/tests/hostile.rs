@@ -220,6 +220,7 @@ fn p21_any_driver_finds_the_same_bytes_as_with_the_reference() {
             queues: vec![Queue::new(&memory, ring, [event_idx, true], Arc::<TestWire>::default())],
             features: 0,
             space_changed: false,
+            moved: false,
         };
         let mut echo = Echo::default();
         let mut reference = Reference { ram: contents(&memory), ring, event_idx, quiet: true, broken: false };

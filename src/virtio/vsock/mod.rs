@@ -98,8 +98,6 @@ pub struct Vsock {
     /// Rung where events are left for the next turn.
     bell: Bell,
     // State
-    /// The guest is to hear that its connections are gone.
-    moved: bool,
     newcomers: VecDeque<Newcomer>,
     next_newcomer: u32,
     next_port: u32,
@@ -149,7 +147,6 @@ impl Vsock {
             inside,
             ready: Vec::new(),
             bell,
-            moved: false,
             newcomers: VecDeque::new(),
             next_newcomer: FIRST_NEWCOMER,
             next_port: 0,
@@ -443,7 +440,6 @@ impl Vsock {
         self.queue.clear();
         self.resets.clear();
         self.waiting = 0;
-        self.moved = false;
     }
 }
 
@@ -515,13 +511,14 @@ impl VirtioDevice for Vsock {
             self.hear();
         }
         let [rx, tx, events] = active.queues.as_mut_slice() else { return };
-        if self.moved
+        if active.moved
             && let Some(mut chain) = events.pop()
         {
-            // Before anything that the guest could take for an answer to what it said before.
+            // Told before anything else, lest a connection that is new be taken for one that is gone.
             chain.write(&TRANSPORT_RESET);
             events.push(chain);
-            self.moved = false;
+            events.tell();
+            active.moved = false;
         }
         loop {
             self.take(tx);
@@ -531,10 +528,6 @@ impl VirtioDevice for Vsock {
                 return;
             }
         }
-    }
-
-    fn renew(&mut self) {
-        self.moved = true;
     }
 
     fn save(&self) -> Saved {
