@@ -67,8 +67,8 @@ pub fn check() -> Result<(String, bool)> {
         Err(e) => format!("no       --verify lazy ({e}): needs root or vm.unprivileged_userfaultfd=1"),
     };
     line("userfaultfd, first touch", &touched);
-    let userfault = match userfault::is_there() {
-        Ok(()) => "yes      a snapshot or a clone is taken while the guest goes on".into(),
+    let userfault = match userfault::Guarded::new() {
+        Ok(_) => "yes      a snapshot or a clone is taken while the guest goes on".into(),
         Err(e) => format!(
             "no       a machine stands still until its snapshot is written ({e}): needs Linux 5.19 (arm64: 6.10), and root or vm.unprivileged_userfaultfd=1"
         ),

@@ -39,9 +39,7 @@ fn differences_hold_what_has_changed_and_become_a_whole_one() {
     let (place, guest) = (Place::new(), heavy());
     let started = place.counter(&guest, "");
     let snapshot = |name: &str, words: &str| {
-        place.tell("pause one");
-        std::thread::sleep(common::within(0.1));
-        let printed = text(&place.path("out"));
+        let printed = place.pause(&place.path("out"));
         let told = place.tell(&format!("snapshot one {} {words}", place.path(name).display())).out();
         place.tell("resume one");
         grows(&place.path("out"), printed.len() as u64);
@@ -133,9 +131,7 @@ fn a_machine_that_was_restored_differs_from_its_snapshot() {
         let words = format!("--name one --serial file:{} --timeout 60 {words}", out.display());
         let started = place.run("restore").arg(&folder).words(&words).start();
         grows(&out, 100);
-        place.tell("pause one");
-        std::thread::sleep(common::within(0.1));
-        let printed = text(&out);
+        let printed = place.pause(&out);
         goes_on(&last[last.len() - 1..], &printed);
         let told = place.tell(&format!("snapshot one {} --diff", place.path("1").display())).out();
         assert!(kib(&told) <= LITTLE, "{told}");

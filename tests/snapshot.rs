@@ -16,11 +16,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use bantam::config::{Config, Serial};
-use bantam::machine::{Machine, Paused, Streams};
+use bantam::config::Config;
+use bantam::machine::{Machine, Paused};
 use bantam::snapshot::{How, Snapshot};
 use common::arch::{PCI, follows_time, kept};
-use common::counting::{counts, goes_on, of, text};
+use common::counting::{connected, counts, goes_on, of, text};
 use common::place::{Place, grows, size};
 use common::{bantam, code, file, kvm, skipped};
 use random::Random;
@@ -161,12 +161,12 @@ fn a_busy_linux_that_was_loaded_is_saved_the_same() {
     let (name, disk, folder) = (format!("busy-{}", std::process::id()), place.path("disk"), place.path("one"));
     std::fs::write(&disk, vec![0x5a; 4 << 20]).unwrap();
     let path = |name: &str| place.path(name).display().to_string();
-    let connected = |number: u32| {
+    let elsewhere = |number: u32| {
         let (net, vsock, console) =
             (path(&format!("n{number}")), path(&format!("v{number}")), path(&format!("c{number}")));
         format!("--net socket:{net},listen --vsock cid=3,path={vsock} --console file:{console}")
     };
-    let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro --balloon {}", disk.display(), connected(1));
+    let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro --balloon {}", disk.display(), elsewhere(1));
     let modules = "virtio_blk failover net_failover virtio_net virtio_balloon virtio-rng \
         vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport";
     let Some(mut shell) = Shell::start(&words, modules) else { return };
@@ -187,16 +187,15 @@ fn a_busy_linux_that_was_loaded_is_saved_the_same() {
         bantam(&format!("snapshot {name} {}", folder.display())).run().expect(0);
         let snapshot = Snapshot::open(&folder, How { freeze_clock: true, ..How::default() }).unwrap();
         // It listens elsewhere than the one that goes on.
-        let other = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
-        let words = connected(2);
+        let words = elsewhere(2);
         let word = |name: &str| words.split(' ').skip_while(|word| *word != name).nth(1).unwrap();
         let other = Config {
             net: vec![word("--net").parse().unwrap()],
             vsock: Some(word("--vsock").parse().unwrap()),
             console: Some(word("--console").parse().unwrap()),
-            ..other
+            ..snapshot.manifest.config.clone()
         };
-        let machine = Machine::of(&snapshot, &other, &Streams::open(&other).unwrap()).unwrap();
+        let machine = connected(&snapshot, other).unwrap();
         is_saved_the_same(&snapshot, &machine, &format!("seed {seed}"));
         drop(machine);
         std::fs::remove_dir_all(&folder).unwrap();

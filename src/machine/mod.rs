@@ -39,7 +39,7 @@ use crate::host::sys;
 use crate::load::{self, Format, Guest};
 use crate::memory::{Memory, Span};
 use crate::report::{self, Scene};
-use crate::snapshot::{Base, Snapshot};
+use crate::snapshot::Snapshot;
 use crate::stats::{Halts, Recorder};
 use crate::trace::{self, Filter, Last, LastExits, Off, Print, Recent, Record, Recording, Symbols};
 use crate::vcpu::{Flag, PANICKED, Stop, Vcpu, run_loop};
@@ -305,14 +305,6 @@ impl Start<'_> {
             Self::Restore(snapshot) => &snapshot.manifest.guest,
         }
     }
-
-    /// What its first snapshot can be a difference from.
-    fn base(&self) -> Option<Base> {
-        match self {
-            Self::Boot(_) => None,
-            Self::Restore(snapshot) => snapshot.base(),
-        }
-    }
 }
 
 fn live(config: &Config, start: &Start) -> Result<Ended> {
@@ -329,7 +321,7 @@ fn live(config: &Config, start: &Start) -> Result<Ended> {
     if streams.records() {
         explain::record();
     }
-    streams.control.describe(start.name(), start.base());
+    streams.control.describe(start.name(), start.snapshot().and_then(Snapshot::base));
     let mut told: Option<Instant> = None;
     loop {
         let machine = match start {

@@ -10,12 +10,13 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Memory, Span, page_size};
+use super::{Memory, Slot, Span, page_size};
 use crate::host::sys::userfault::{Fault, Guarded};
 
 /// Such RAM. All is let go when it is dropped.
 pub struct Frozen {
     memory: Memory,
+    slots: Vec<Slot>,
     guarded: Guarded,
     // Dropped after what guards it.
     _thaw: Thaw,
@@ -57,9 +58,9 @@ impl Memory {
         let guarded = Guarded::new()?;
         // What is given back to the host would be gone before it is kept.
         self.all.frozen.store(true, Ordering::SeqCst);
-        let frozen = Frozen { memory: self.clone(), guarded, _thaw: Thaw(self.clone()) };
-        for (span, mapping) in self.all.spans.iter().zip(&self.all.mappings) {
-            frozen.guarded.register(mapping.start().addr(), span.size as usize)?;
+        let frozen = Frozen { memory: self.clone(), slots: self.slots(), guarded, _thaw: Thaw(self.clone()) };
+        for slot in &frozen.slots {
+            frozen.guarded.register(slot.host as usize, slot.span.size as usize)?;
         }
         Ok(frozen)
     }
@@ -111,11 +112,7 @@ impl Frozen {
     pub fn waiting(&self) -> Option<Waiting> {
         let fault = self.guarded.waiting()?;
         let (Fault::Write(at) | Fault::First(at)) = fault;
-        let all = &self.memory.all;
-        let address = all.spans.iter().zip(&all.mappings).find_map(|(span, mapping)| {
-            let offset = (at as u64).checked_sub(mapping.start().addr() as u64)?;
-            (offset < span.size).then_some(span.start + offset)
-        })?;
+        let address = self.slots.iter().find_map(|slot| slot.address(at))?;
         Some(match fault {
             Fault::Write(_) => Waiting::ToWrite(address),
             Fault::First(_) => Waiting::ToBegin(address),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use super::{Memory, Span};
+use super::{Memory, Slot, Span};
 use crate::error::{refuse, status};
 use crate::event::{Edge, Readiness, Worker};
 use crate::host::output::Bell;
@@ -85,10 +85,9 @@ impl Lazy {
             let hint = "`bantam check` shows what it takes (userfaultfd); `--verify once` needs nothing of the host";
             refuse(format!("cannot compare RAM when it is touched: {e}")).hint(hint)
         })?;
-        let mut places = Vec::new();
-        for (span, mapping) in memory.all.spans.iter().zip(&memory.all.mappings) {
-            guarded.register(mapping.start().addr(), span.size as usize).context("watching RAM")?;
-            places.push((*span, mapping.start().addr()));
+        let slots = memory.slots();
+        for slot in &slots {
+            guarded.register(slot.host as usize, slot.span.size as usize).context("watching RAM")?;
         }
         let (mut ahead, notes) = (source.ahead(), source.notes());
         ahead.reverse();
@@ -102,7 +101,7 @@ impl Lazy {
         let wish = Bell::new().context("eventfd")?;
         let mut fetching = Fetching {
             guarded,
-            places,
+            slots,
             noted: notes.and_then(|notes| Instant::now().checked_add(notes)),
             ahead,
             bytes: Vec::new(),
@@ -182,8 +181,7 @@ impl Shared {
 /// What the thread has.
 struct Fetching {
     guarded: Guarded,
-    /// Where the guest sees each mapping, and where it is in this process.
-    places: Vec<(Span, usize)>,
+    slots: Vec<Slot>,
     /// The last is the next.
     ahead: Vec<Span>,
     /// Until when it is noted what is touched; none where that is known.
@@ -201,7 +199,8 @@ impl Fetching {
         let mut all = false;
         loop {
             while let Some(Fault::First(at) | Fault::Write(at)) = self.guarded.waiting() {
-                let part = self.address(at).and_then(|addr| self.shared.source.part(addr));
+                let addr = self.slots.iter().find_map(|slot| slot.address(at));
+                let part = addr.and_then(|addr| self.shared.source.part(addr));
                 let part = part.context("somebody touched what is not RAM")?;
                 self.fetch(part)?;
                 self.shared.touched(part);
@@ -234,20 +233,12 @@ impl Fetching {
         }
     }
 
-    /// The guest's address of one in this process.
-    fn address(&self, at: usize) -> Option<u64> {
-        self.places.iter().find_map(|(span, start)| {
-            let offset = at.checked_sub(*start)? as u64;
-            (offset < span.size).then_some(span.start + offset)
-        })
-    }
-
     fn fetch(&mut self, part: Span) -> Result<()> {
-        let mut places = self.places.iter();
-        let (span, start) = places.find(|(span, _)| span.contains(&part)).context("it is not RAM")?;
+        let mut slots = self.slots.iter();
+        let Slot { span, host } = slots.find(|slot| slot.span.contains(&part)).context("it is not RAM")?;
         self.bytes.resize(part.size as usize, 0);
         self.shared.source.read(part, &mut self.bytes)?;
-        self.guarded.put(start + (part.start - span.start) as usize, &self.bytes).context("putting RAM in its place")
+        self.guarded.put((host + (part.start - span.start)) as usize, &self.bytes).context("putting RAM in its place")
     }
 
     /// Nobody who waits goes on.

@@ -75,6 +75,14 @@ pub struct Slot {
     pub host: u64,
 }
 
+impl Slot {
+    /// The guest's address of one in this process, if it lies here.
+    fn address(&self, host: usize) -> Option<u64> {
+        let offset = (host as u64).checked_sub(self.host)?;
+        (offset < self.span.size).then_some(self.span.start + offset)
+    }
+}
+
 /// All RAM of one machine. Clones share it.
 #[derive(Clone)]
 pub struct Memory {
@@ -312,12 +320,11 @@ impl Memory {
     /// The parts of RAM that were touched since it was mapped from an image, or that the host has mapped with those; none
     /// where the host does not say.
     pub fn mapped(&self) -> Vec<Span> {
-        let both = self.all.spans.iter().zip(&self.all.mappings);
-        let of_one = |(span, mapping): (&Span, &Mapping)| {
-            let parts = pages::touched(mapping.start().addr(), span.size).unwrap_or_default();
-            parts.into_iter().filter_map(|(at, size)| Span::new(span.start + at, size)).collect::<Vec<_>>()
+        let of_one = |Slot { span, host }: Slot| {
+            let parts = pages::touched(host as usize, span.size).unwrap_or_default();
+            parts.into_iter().filter_map(move |(at, size)| Span::new(span.start + at, size))
         };
-        both.flat_map(of_one).collect()
+        self.slots().into_iter().flat_map(of_one).collect()
     }
 
     /// Gives the host back what lies behind `span`, as far as it is whole pages of RAM; gives how many bytes that were.

@@ -47,8 +47,7 @@ impl Base {
 
     /// The sum of a block then, if it was not all zeroes.
     pub(super) fn sum_of(&self, block: u64) -> Option<Xxh64> {
-        let at = self.blocks.binary_search_by_key(&block, |(block, _)| *block).ok()?;
-        self.blocks.get(at).map(|(_, xxh64)| *xxh64)
+        ram::sum_of(&self.blocks, block)
     }
 }
 

@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 
-use super::ram::{BLOCK, Image, block, part_of};
+use super::ram::{BLOCK, Image, block, part_of, parts_of, span_of};
 use super::{Xxh64, sum};
 use crate::event::{Edge, Readiness, Worker};
 use crate::host::file;
@@ -37,23 +37,31 @@ struct Noted {
     blocks: Vec<u64>,
 }
 
-/// Where that is.
+/// What machines of a snapshot touch soon.
 #[derive(Debug, Clone)]
 pub struct WorkingSet {
-    /// None where the folder has no place beside it.
+    /// Where that is noted. None where the folder has no place beside it.
     path: Option<PathBuf>,
     of: Xxh64,
+    /// None where none were noted.
+    pub blocks: Vec<u64>,
+    /// For how long it is to be found out.
+    pub notes: Option<Duration>,
 }
 
 impl WorkingSet {
-    /// That of a snapshot, whose manifest has this sum.
-    pub fn new(folder: &Path, of: Xxh64) -> Self {
+    /// That of a snapshot, whose manifest has this sum; where nobody knows, it is to be found out for so long.
+    pub fn new(folder: &Path, of: Xxh64, notes: Option<Duration>) -> Self {
         let beside = |folder: PathBuf| {
             let mut name = folder.file_name()?.to_owned();
             name.push(".working-set");
             Some(folder.with_file_name(name))
         };
-        Self { path: folder.canonicalize().ok().and_then(beside), of }
+        let path = folder.canonicalize().ok().and_then(beside);
+        let mut own = Self { path, of, blocks: Vec::new(), notes: None };
+        own.blocks = own.noted().unwrap_or_default();
+        own.notes = notes.filter(|_| own.blocks.is_empty());
+        own
     }
 
     /// What is there, if it is of the size and the owner that it should be: anybody may be able to write beside the folder.
@@ -67,17 +75,13 @@ impl WorkingSet {
         Some(bytes)
     }
 
-    /// The blocks; none where none were noted.
-    pub fn blocks(&self) -> Vec<u64> {
-        let read = || {
-            let bytes = self.read()?;
-            let (digits, noted) = bytes.split_at_checked(16)?;
-            (digits == sum(noted).to_string().as_bytes()).then_some(())?;
-            let Noted { of, mut blocks } = serde_json::from_slice(noted).ok()?;
-            blocks.truncate(MOST);
-            (of == self.of).then_some(blocks)
-        };
-        read().unwrap_or_default()
+    fn noted(&self) -> Option<Vec<u64>> {
+        let bytes = self.read()?;
+        let (digits, noted) = bytes.split_at_checked(16)?;
+        (digits == sum(noted).to_string().as_bytes()).then_some(())?;
+        let Noted { of, mut blocks } = serde_json::from_slice(noted).ok()?;
+        blocks.truncate(MOST);
+        (of == self.of).then_some(blocks)
     }
 
     /// Notes them. Who cannot has none the next time.
@@ -120,11 +124,8 @@ impl Noting {
                         return;
                     }
                 }
-                for part in memory.mapped() {
-                    let parts = (part.start..=part.last()).step_by(BLOCK as usize).chain([part.last()]);
-                    let of = parts.filter_map(|addr| part_of(&places, addr)).map(|(_, at)| at / BLOCK);
-                    blocks.extend(of.filter(|block| once.insert(*block)));
-                }
+                let parts = parts_of(&places, memory.mapped()).into_iter();
+                blocks.extend(parts.map(|(_, at)| at / BLOCK).filter(|block| once.insert(*block)));
                 if !ready.is_empty() {
                     break;
                 }
@@ -147,26 +148,16 @@ pub struct Coming {
     image: Image,
     places: Vec<(u64, Span)>,
     working_set: WorkingSet,
-    ahead: Vec<u64>,
-    notes: Option<Duration>,
 }
 
 impl Coming {
-    /// That of a machine whose mappings these are; for how long it is noted what it touches, if nobody knows.
+    /// That of a machine whose mappings these are.
     ///
     /// # Errors
     /// The machine is another.
-    pub fn new(image: &Image, spans: &[Span], working_set: &WorkingSet, notes: Option<Duration>) -> Result<Self> {
-        let (places, ahead) = (image.places(spans.iter().copied())?, working_set.blocks());
-        let notes = notes.filter(|_| ahead.is_empty());
-        Ok(Self { image: image.clone(), places, working_set: working_set.clone(), ahead, notes })
-    }
-
-    /// Where a block is in RAM.
-    fn span(&self, block: u64) -> Option<Span> {
-        let at = block.checked_mul(BLOCK)?;
-        let (start, span) = self.places.iter().rev().find(|(start, _)| *start <= at)?;
-        Some(part_of(&self.places, span.start.checked_add(at - start)?)?.0)
+    pub fn new(image: &Image, spans: &[Span], working_set: &WorkingSet) -> Result<Self> {
+        let places = image.places(spans.iter().copied())?;
+        Ok(Self { image: image.clone(), places, working_set: working_set.clone() })
     }
 }
 
@@ -189,17 +180,17 @@ impl Source for Coming {
     }
 
     fn parts(&self) -> Vec<Span> {
-        self.image.there().into_iter().filter_map(|block| self.span(block)).collect()
+        self.image.there().into_iter().filter_map(|block| span_of(&self.places, block)).collect()
     }
 
     fn ahead(&self) -> Vec<Span> {
         let mut once = HashSet::new();
-        let blocks = self.ahead.iter().copied();
-        blocks.filter_map(|block| self.span(block)).filter(|span| once.insert(*span)).collect()
+        let blocks = self.working_set.blocks.iter();
+        blocks.filter_map(|block| span_of(&self.places, *block)).filter(|span| once.insert(*span)).collect()
     }
 
     fn notes(&self) -> Option<Duration> {
-        self.notes
+        self.working_set.notes
     }
 
     fn note(&self, parts: &[Span]) {

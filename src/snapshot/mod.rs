@@ -176,8 +176,6 @@ pub struct Snapshot {
     pub state: State,
     image: Image,
     working_set: WorkingSet,
-    /// For how long it is to be found out what that is.
-    notes: Option<Duration>,
     way: Way,
     freeze_clock: bool,
     /// Its folder is there as long as its owner wants.
@@ -370,18 +368,14 @@ impl Snapshot {
             Verify::Lazy => Way::Lazy,
             _ => Way::Mapped,
         };
-        let working_set = WorkingSet::new(folder, manifest.own);
+        let working_set = WorkingSet::new(folder, manifest.own, how.note);
         // The others compare what they read.
-        let mut notes = how.note;
         if way == Way::Mapped {
             image.keep()?;
             image.check(how.verify)?;
-            let blocks = working_set.blocks();
-            image.want(&blocks);
-            notes = notes.filter(|_| blocks.is_empty());
+            image.want(&working_set.blocks);
         }
-        let freeze_clock = how.freeze_clock;
-        Ok(Self { manifest, state, image, working_set, notes, way, freeze_clock, stays: true })
+        Ok(Self { manifest, state, image, working_set, way, freeze_clock: how.freeze_clock, stays: true })
     }
 
     /// Its folder is about to be gone: nobody is to make a difference from it.
@@ -413,8 +407,8 @@ impl Snapshot {
 
     /// Has what a machine with this RAM touches soon noted, if it is to be, as long as what it gives lives.
     pub fn note(&self, memory: &Memory) -> Option<Noting> {
+        let long = self.working_set.notes.filter(|_| self.way == Way::Mapped)?;
         let spans = memory.slots().into_iter().map(|slot| slot.span);
-        let long = self.notes.filter(|_| self.way == Way::Mapped)?;
         Noting::start(self.working_set.clone(), self.image.places(spans).ok()?, memory.clone(), long)
     }
 
@@ -433,7 +427,7 @@ impl Snapshot {
                 Ok(memory)
             }
             Way::Lazy => {
-                let coming = Coming::new(&self.image, spans, &self.working_set, self.notes)?;
+                let coming = Coming::new(&self.image, spans, &self.working_set)?;
                 Memory::lazy(spans, Arc::new(coming), bell())
             }
         }

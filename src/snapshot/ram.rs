@@ -82,24 +82,34 @@ pub fn part_of(places: &[(u64, Span)], addr: u64) -> Option<Part> {
     Some((Span { start: span.start + at, size: BLOCK.min(span.size - at) }, start + at))
 }
 
-/// The parts that may hold anything but zeroes, in ascending order.
-fn parts_of(places: &[(u64, Span)], memory: &Memory) -> Vec<Part> {
-    let mut parts = Vec::new();
-    for (_, span) in places {
-        // Those that were touched may lie in one block, or in one another.
-        let mut next = span.start;
-        for touched in memory.touched(*span) {
-            let mut at = touched.start.max(next);
-            while at <= touched.last()
-                && let Some(part) = part_of(places, at)
-            {
-                parts.push(part);
-                at = part.0.last().saturating_add(1);
-            }
-            next = next.max(at);
+/// Where a block of the file is in RAM.
+pub fn span_of(places: &[(u64, Span)], block: u64) -> Option<Span> {
+    let at = block.checked_mul(BLOCK)?;
+    let (start, span) = places.iter().rev().find(|(start, span)| *start <= at && at - start < span.size)?;
+    Some(part_of(places, span.start + (at - start))?.0)
+}
+
+/// The parts that `touched`, in ascending order, lie in: in ascending order, and once each.
+pub fn parts_of(places: &[(u64, Span)], touched: impl IntoIterator<Item = Span>) -> Vec<Part> {
+    let (mut parts, mut next) = (Vec::new(), 0);
+    // They may lie in one block, or in one another.
+    for touched in touched {
+        let mut at = touched.start.max(next);
+        while at <= touched.last()
+            && let Some(part) = part_of(places, at)
+        {
+            parts.push(part);
+            at = part.0.last().saturating_add(1);
         }
+        next = next.max(at);
     }
     parts
+}
+
+/// The sum of a block that is among these, which are in the order of their numbers.
+pub fn sum_of(blocks: &[(u64, Xxh64)], block: u64) -> Option<Xxh64> {
+    let at = blocks.binary_search_by_key(&block, |(block, _)| *block).ok()?;
+    blocks.get(at).map(|(_, xxh64)| *xxh64)
 }
 
 /// What [`Watched::watch`] waits for.
@@ -182,7 +192,8 @@ impl Moment {
     /// The RAM of a machine that stands still, and has to until this is written.
     pub fn still(memory: &Memory) -> Self {
         let (places, bytes) = places(spans(memory));
-        let parts = parts_of(&places, memory);
+        // What may hold anything but zeroes.
+        let parts = parts_of(&places, places.iter().flat_map(|(_, span)| memory.touched(*span)));
         Self { memory: memory.clone(), places, bytes, parts, changed: BTreeSet::new(), frozen: None, base: None }
     }
 
@@ -437,9 +448,8 @@ impl Image {
     pub fn read(&self, block: u64, bytes: &mut [u8]) -> Result<()> {
         let at = block * BLOCK;
         self.file.read_exact_at(bytes, at).with_context(|| format!("reading {}", self.path.display()))?;
-        let known =
-            self.blocks.binary_search_by_key(&block, |(block, _)| *block).ok().and_then(|at| self.blocks.get(at));
-        let right = known.map_or_else(|| is_zero(bytes), |(_, xxh64)| sum(bytes) == *xxh64);
+        let known = sum_of(&self.blocks, block);
+        let right = known.map_or_else(|| is_zero(bytes), |xxh64| sum(bytes) == xxh64);
         if !right {
             let why = format!("the {BLOCK} bytes at {at:#x} are not as they were written");
             return Err(broken(&self.path, &why).into());
@@ -461,12 +471,9 @@ impl Image {
     pub fn fill(&self, memory: &Memory) -> Result<()> {
         let (places, mut bytes) = (self.places(spans(memory))?, block());
         for block in self.there() {
-            let at = block * BLOCK;
-            let place = places.iter().rev().find(|(start, span)| *start <= at && at - start < span.size);
-            let Some((start, span)) = place else { bail!("there is RAM that the machine has not") };
+            let Some(span) = span_of(&places, block) else { bail!("there is RAM that the machine has not") };
             self.read(block, &mut bytes)?;
-            let size = BLOCK.min(span.size - (at - start));
-            memory.write(span.start + (at - start), bytes.get(..size as usize).unwrap_or_default())?;
+            memory.write(span.start, bytes.get(..span.size as usize).unwrap_or_default())?;
         }
         Ok(())
     }

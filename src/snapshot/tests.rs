@@ -298,16 +298,16 @@ fn ram_comes_when_it_is_touched_and_the_next_time_before() {
     assert_eq!(here(), 2 * BLOCK);
     assert!(all(&memory) == all(&written()));
     // What was noted of another snapshot, or is not as it was noted, is nothing.
-    let noted = WorkingSet::new(&path, Manifest::open(&path).unwrap().own);
-    assert_eq!(noted.blocks(), [15, 4]);
-    assert!(WorkingSet::new(&path, Xxh64(5)).blocks().is_empty());
+    let noted = || WorkingSet::new(&path, Manifest::open(&path).unwrap().own, None).blocks;
+    assert_eq!(noted(), [15, 4]);
+    assert!(WorkingSet::new(&path, Xxh64(5), None).blocks.is_empty());
     let beside = folder.path().join("one.working-set");
     let bytes = std::fs::read(&beside).unwrap();
     for (at, bit) in (0..bytes.len()).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
         let mut bytes = bytes.clone();
         bytes[at] ^= 1 << bit;
         std::fs::write(&beside, bytes).unwrap();
-        assert!(noted.blocks().is_empty(), "{at} {bit}");
+        assert!(noted().is_empty(), "{at} {bit}");
     }
 }
 
@@ -315,7 +315,7 @@ fn ram_comes_when_it_is_touched_and_the_next_time_before() {
 fn what_a_machine_touches_soon_is_known_the_next_time() {
     let (_folder, path) = snapshot();
     let open = || Snapshot::open(&path, How { note: HOUR, ..MAP }).unwrap();
-    let noted = || WorkingSet::new(&path, Manifest::open(&path).unwrap().own).blocks();
+    let noted = || WorkingSet::new(&path, Manifest::open(&path).unwrap().own, None).blocks;
     let snapshot = open();
     let memory = snapshot.memory(&spans(), bell).unwrap();
     let noting = snapshot.note(&memory).unwrap();
@@ -339,12 +339,12 @@ fn what_a_machine_touches_soon_is_known_the_next_time() {
 fn a_note_is_read_only_if_it_is_a_small_file() {
     let (_folder, path) = snapshot();
     let beside = path.with_extension("working-set");
-    let noted = |name: &Path| WorkingSet::new(name, Xxh64(5)).blocks();
+    let noted = |name: &Path| WorkingSet::new(name, Xxh64(5), None).blocks;
     rustix::fs::mkfifoat(rustix::fs::CWD, &beside, rustix::fs::Mode::RUSR).unwrap();
     assert!(noted(&path).is_empty());
     std::fs::remove_file(&beside).unwrap();
     // Also where the folder is named by a way to it.
-    WorkingSet::new(&path.join("../one/."), Xxh64(5)).note((0..1 << 16).collect());
+    WorkingSet::new(&path.join("../one/."), Xxh64(5), None).note((0..1 << 16).collect());
     assert_eq!((noted(&path).len(), std::fs::read_dir(&path).unwrap().count()), (1 << 16, 4));
     let list = serde_json::to_vec(&(0..3 << 17).collect::<Vec<_>>()).unwrap();
     let text = [br#"{"of":"0000000000000005","blocks":"#.as_slice(), &list, b"}"].concat();

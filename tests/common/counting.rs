@@ -28,11 +28,17 @@ impl Place {
         started
     }
 
+    /// Has the machine stand still; gives all that it has printed to this file before.
+    pub fn pause(&self, out: &Path) -> String {
+        self.tell("pause one");
+        std::thread::sleep(within(0.1));
+        text(out)
+    }
+
     /// Writes a snapshot of a machine that is paused, so that all that it printed before is in its file.
     pub fn snapshot(&self, name: &str) -> PathBuf {
         let folder = self.path(name);
-        self.tell("pause one");
-        std::thread::sleep(within(0.1));
+        self.pause(&self.path("out"));
         self.tell(&format!("snapshot one {}", folder.display()));
         folder
     }
@@ -55,7 +61,12 @@ impl Place {
 
 /// The machine of a snapshot, before it goes on.
 pub fn of(snapshot: &Snapshot) -> anyhow::Result<Machine<Paused>> {
-    let config = Config { serial: Serial::None, ..snapshot.manifest.config.clone() };
+    connected(snapshot, snapshot.manifest.config.clone())
+}
+
+/// The same, connected as this says.
+pub fn connected(snapshot: &Snapshot, config: Config) -> anyhow::Result<Machine<Paused>> {
+    let config = Config { serial: Serial::None, ..config };
     Machine::of(snapshot, &config, &Streams::open(&config)?)
 }
 

@@ -169,11 +169,6 @@ impl AsFd for Guarded {
     }
 }
 
-/// Whether this host can.
-pub fn is_there() -> io::Result<()> {
-    Guarded::new().map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

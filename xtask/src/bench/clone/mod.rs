@@ -189,13 +189,9 @@ fn restores(place: &Place) -> Result<()> {
     let mut pair = Pair::default();
     for round in 0..=place.runs {
         for (side, mib) in [(subject::Side::Floor, 16), (subject::Side::Bantam, 1024)] {
-            let mut command = place.bantam(&format!("restore t{mib}.snapshot --serial none --max-exits 1"));
-            let start = Instant::now();
-            let status = command.status()?;
-            let time = start.elapsed();
-            ensure!(status.code() == Some(124), "{}: {status}", sh::words(&command));
+            let time = restored(place, mib, "once")?;
             if round > 0 {
-                pair.of(side).0.push(time.as_nanos() as f64);
+                pair.of(side).0.push(time);
             }
         }
     }
@@ -208,20 +204,26 @@ fn restores(place: &Place) -> Result<()> {
     Ok(())
 }
 
+/// How long a process takes that goes on from a snapshot to its first exit, in nanoseconds.
+fn restored(place: &Place, mib: u32, when: &str) -> Result<f64> {
+    let words = format!("restore t{mib}.snapshot --serial none --max-exits 1 --verify {when}");
+    let mut command = place.bantam(&words);
+    let start = Instant::now();
+    let status = command.status()?;
+    let time = start.elapsed();
+    ensure!(status.code() == Some(124), "{}: {status}", sh::words(&command));
+    Ok(time.as_nanos() as f64)
+}
+
 /// What comparing its sums costs a restore: it is the same machine each time.
 fn checks(place: &Place) -> Result<()> {
     let mut all = ["once", "always", "lazy"].map(|when| (when, Series::default()));
     for round in 0..=place.runs {
         for (when, times) in &mut all {
-            let words = format!("restore t1024.snapshot --serial none --max-exits 1 --verify {when}");
-            let mut command = place.bantam(&words);
-            let start = Instant::now();
-            let status = command.status()?;
-            let time = start.elapsed();
-            ensure!(status.code() == Some(124), "{}: {status}", sh::words(&command));
+            let time = restored(place, 1024, when)?;
             // The first one with `once` compares all.
             if round > 0 {
-                times.0.push(time.as_nanos() as f64);
+                times.0.push(time);
             }
         }
     }
