@@ -18,8 +18,6 @@ use crate::host::output::Bell;
 use crate::host::say::say;
 use crate::host::sys::userfault::{Fault, Guarded};
 
-/// How many parts are noted at most.
-const MOST: usize = 1 << 16;
 /// How long whoever runs the machine has to end it, once a part of it turned out to be wrong.
 const PATIENCE: Duration = Duration::from_secs(3);
 const LOOK: Duration = Duration::from_millis(10);
@@ -163,7 +161,6 @@ impl Shared {
 
     fn touched(&self, part: Span) {
         if let Some(Noted { parts, once }) = &mut *self.noted()
-            && parts.len() < MOST
             && once.insert(part)
         {
             parts.push(part);

@@ -84,8 +84,9 @@ impl WorkingSet {
         (of == self.of).then_some(blocks)
     }
 
-    /// Notes them. Who cannot has none the next time.
-    pub fn note(&self, blocks: Vec<u64>) {
+    /// Notes the first of these. Who cannot has none the next time.
+    pub fn note(&self, mut blocks: Vec<u64>) {
+        blocks.truncate(MOST);
         let write = |mut file: File| {
             let noted = serde_json::to_vec(&Noted { of: self.of, blocks })?;
             file.write_all(sum(&noted).to_string().as_bytes())?;

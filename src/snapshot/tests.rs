@@ -346,6 +346,9 @@ fn a_note_is_read_only_if_it_is_a_small_file() {
     // Also where the folder is named by a way to it.
     WorkingSet::new(&path.join("../one/."), Xxh64(5), None).note((0..1 << 16).collect());
     assert_eq!((noted(&path).len(), std::fs::read_dir(&path).unwrap().count()), (1 << 16, 4));
+    // Of more than are read ahead the first are noted.
+    WorkingSet::new(&path, Xxh64(5), None).note((0..1 << 20).collect());
+    assert_eq!(noted(&path), (0..1 << 16).collect::<Vec<_>>());
     let list = serde_json::to_vec(&(0..3 << 17).collect::<Vec<_>>()).unwrap();
     let text = [br#"{"of":"0000000000000005","blocks":"#.as_slice(), &list, b"}"].concat();
     std::fs::write(&beside, [sum(&text).to_string().as_bytes(), &text].concat()).unwrap();
