@@ -36,9 +36,25 @@ pub fn program() -> usize {
 fn place(top: usize, size: usize, guest: u64) -> Option<usize> {
     let huge = usize::try_from(HUGE_PAGE).ok()?;
     let odd = usize::try_from(guest % HUGE_PAGE).ok()?;
-    let place = top.checked_sub(size)?.checked_sub(huge)? / huge * huge + odd;
-    // Nobody gets the first addresses; where they are what is left, the host shall choose.
-    (place > GAP).then_some(place)
+    top.checked_sub(size)?.checked_sub(huge).map(|top| top / huge * huge + odd)
+}
+
+/// Such a place below the program; or, where that lies too low for it, as one does that is not relocated, below what the host
+/// gives when it is asked for a bit more. It may be taken until it is used; then the host chooses.
+fn wish(top: usize, size: usize, guest: u64) -> Option<usize> {
+    if let below @ Some(_) = place(top, size, guest).filter(|place| *place > GAP) {
+        return below;
+    }
+    let more = size.checked_add(2 * usize::try_from(HUGE_PAGE).ok()?)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: without MAP_FIXED the kernel takes free addresses only.
+    let free = unsafe { libc::mmap(ptr::null_mut(), more, libc::PROT_NONE, flags, -1, 0) };
+    if free == libc::MAP_FAILED {
+        return None;
+    }
+    // SAFETY: this mapping was just made, and nobody knows of it.
+    unsafe { libc::munmap(free, more) };
+    place(free.addr().checked_add(more)?, size, guest)
 }
 
 impl Mapping {
@@ -48,7 +64,7 @@ impl Mapping {
         let offset = offset.try_into().map_err(io::Error::other)?;
         // Less than a huge page has nothing to gain.
         let worth = size as u64 >= HUGE_PAGE;
-        let wish = worth.then(|| place(top, size, guest)).flatten().unwrap_or(0);
+        let wish = worth.then(|| wish(top, size, guest)).flatten().unwrap_or(0);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: without MAP_FIXED the kernel takes free addresses only, and where `wish` is not free, others.
         let addr =
@@ -226,6 +242,14 @@ mod tests {
             assert!(at + size <= top && at + size + 3 * HUGE > top, "{at:#x}");
         }
         assert_eq!(place(top, top, 0), None);
-        assert_eq!(place(GAP, HUGE, 0), None);
+    }
+
+    #[test]
+    fn a_program_that_lies_low_has_its_places_elsewhere() {
+        for guest in [0, 0x1000, 0x4000_0000, 0x1f_f000] {
+            let at = wish(0x40_0000, 64 * HUGE, guest).unwrap();
+            assert!(at > GAP && at as u64 % HUGE_PAGE == guest % HUGE_PAGE, "{at:#x}");
+        }
+        assert_eq!(wish(GAP, usize::MAX - HUGE, 0), None);
     }
 }
