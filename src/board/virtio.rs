@@ -11,7 +11,7 @@ use crate::arch::layout::{PCI_ECAM, PCI_WINDOW, PCI_WINDOW_SIZE, VIRTIO};
 use crate::arch::{PCI_ECAM_SIZE, VIRTIO_PAGE};
 use crate::bus::{Builder, Space};
 use crate::config::{Config, Doorbell, Platform};
-use crate::device::pci::{ECAM, Function, Mirror, PORTS, PORTS_SIZE, PciHost};
+use crate::device::pci::{ECAM, Function, Mirror, PORTS, PORTS_SIZE, PciHost, pages};
 use crate::irq::{IrqLine, Shared, Unconnected};
 use crate::memory::Span;
 use crate::virtio::link::Link;
@@ -19,7 +19,7 @@ use crate::virtio::mmio::{self, Mmio};
 use crate::virtio::pci::{self, Pci};
 use crate::virtio::worker::Bench;
 use crate::virtio::{Ends, devices};
-use crate::vm::Vm;
+use crate::vm::{Shown, Vm};
 
 /// Functions share the four lines of a PCI bus in turn.
 pub const INTX: usize = 4;
@@ -60,7 +60,12 @@ pub fn place(vm: &Vm, config: &Config, ends: Ends, sockets: Sockets, buses: &mut
         }
     }
     if config.has_pci() {
-        let host = buses.add(PciHost::new(functions)?.mirrored(sockets.mirror));
+        let host = PciHost::new(functions)?;
+        if config.trace.is_none() {
+            let there = |span: Span| Span { start: PCI_ECAM + span.start, ..span };
+            host.idle().for_each(|span| vm.postpone(Space::Mmio, there(span)));
+        }
+        let host = buses.add(host.mirrored(sockets.mirror));
         buses.attach(host, Space::Mmio, Span { start: PCI_ECAM, size: PCI_ECAM_SIZE }, ECAM)?;
         buses.attach(host, Space::Mmio, Span { start: PCI_WINDOW, size: PCI_WINDOW_SIZE }, PCI_WINDOW)?;
         if let Some(start) = sockets.ports {
@@ -68,6 +73,23 @@ pub fn place(vm: &Vm, config: &Config, ends: Ends, sockets: Sockets, buses: &mut
         }
     }
     Ok(Some(bench))
+}
+
+impl Mirror for Shown {
+    fn show(&self, page: u64, bytes: &[u8]) {
+        // No more than there are functions is ever shown, and those have their pages.
+        let _ = self.put(page, bytes);
+    }
+}
+
+/// PCI's configuration space as memory. A trace shows every access, so there is none then.
+pub fn mirror(vm: &Vm, config: &Config) -> Option<Box<dyn Mirror>> {
+    if !config.has_pci() || config.trace.is_some() {
+        return None;
+    }
+    let at = Span { start: PCI_ECAM, size: PCI_ECAM_SIZE };
+    // A host that cannot has the exits.
+    vm.show(at, &pages(config.virtio_devices())).ok().map(|shown| Box::new(shown) as _)
 }
 
 /// Which of the shared lines belongs to a PCI slot, or to a page of registers, of this number.

@@ -37,7 +37,7 @@ use crate::irq::IrqLine;
 const VERSION: u32 = 1;
 
 /// PeriphID0 to 3: part 0x011, designer 0x41 (Arm), revision 3 (r1p5), by which Linux knows that the FIFOs hold 32.
-const PERIPHERAL: [u8; 4] = [0x11, 0x10, 0x34, 0x00];
+pub const PERIPHERAL: [u8; 4] = [0x11, 0x10, 0x34, 0x00];
 const FIFO_DEPTH: usize = 32;
 
 // Offsets of the registers (§3.2).

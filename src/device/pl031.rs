@@ -23,7 +23,7 @@ use crate::clock::Clock;
 const VERSION: u32 = 1;
 
 /// PeriphID0 to 3: part 0x031, designer 0x41 (Arm), revision 0.
-const PERIPHERAL: [u8; 4] = [0x31, 0x10, 0x04, 0x00];
+pub const PERIPHERAL: [u8; 4] = [0x31, 0x10, 0x04, 0x00];
 
 // Offsets of the registers (§3.2).
 const DR: u64 = 0x00;

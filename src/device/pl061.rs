@@ -22,7 +22,7 @@ use crate::irq::IrqLine;
 const VERSION: u32 = 1;
 
 /// PeriphID0 to 3: part 0x061, designer 0x41 (Arm), revision 0.
-const PERIPHERAL: [u8; 4] = [0x61, 0x10, 0x04, 0x00];
+pub const PERIPHERAL: [u8; 4] = [0x61, 0x10, 0x04, 0x00];
 
 /// The line of the power button.
 pub const POWER: u32 = 3;

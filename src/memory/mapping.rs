@@ -15,6 +15,7 @@ use vm_memory::FileOffset;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
 
 use super::HUGE_PAGE;
+use crate::host::sys::state;
 
 /// What stays free between this program and guest RAM, for what the program maps later.
 const GAP: usize = 1 << 30;
@@ -103,6 +104,13 @@ impl Mapping {
     /// The first byte.
     pub fn start(&self) -> *mut u8 {
         ptr::with_exposed_provenance_mut(self.addr)
+    }
+
+    /// Has the bytes of `[at, at + size)`, as they are now, reach memory itself, past the host's caches.
+    pub fn write_back(&self, at: usize, size: usize) {
+        let at = at.min(self.size);
+        // SAFETY: the range was cut to the mapping, which can be read.
+        unsafe { state::write_back(self.addr + at, size.min(self.size - at)) };
     }
 
     /// What looks into it; `backing` is where it lies in its file.

@@ -49,8 +49,11 @@ impl Shown {
     /// Puts bytes on the page at `page`, from its start; false where that is none of its own, or too small.
     pub fn put(&self, page: u64, bytes: &[u8]) -> bool {
         let fits = bytes.len() as u64 <= PAGE;
-        let number = self.pages.binary_search(&page).ok().filter(|_| fits);
-        number.is_some_and(|number| self.file.write_all_at(bytes, ONES + number as u64 * PAGE).is_ok())
+        let Some(number) = self.pages.binary_search(&page).ok().filter(|_| fits) else { return false };
+        let written = self.file.write_all_at(bytes, ONES + number as u64 * PAGE).is_ok();
+        // An arm64 guest may have mapped it as a device.
+        self.mapping.write_back(usize::try_from(page).unwrap_or(usize::MAX), bytes.len());
+        written
     }
 }
 

@@ -25,11 +25,12 @@ use vmm_sys_util::eventfd::EventFd;
 pub use self::routes::Routes;
 use self::routes::message;
 pub use self::shown::Shown;
+use crate::bus::Space;
 use crate::error::{Refusal, refuse};
 use crate::explain::{call, tell};
 use crate::host::sys::eventfd;
 use crate::irq::IrqLine;
-use crate::memory::Memory;
+use crate::memory::{Memory, Span};
 use crate::vcpu::{Late, Vcpu};
 
 /// How often an interrupted KVM_CREATE_VM is tried again.
@@ -215,16 +216,21 @@ impl Vm {
         Ok(Vcpu::new(fd, id, size, late))
     }
 
-    /// Lets a write of a byte to a port come with the CPU's next exit, instead of being one. Before there are vCPUs.
-    pub fn postpone(&self, port: u64) {
-        // An older KVM would take the port for an address in memory.
-        if !kvm().is_ok_and(|kvm| kvm.check_extension(Cap::CoalescedPio)) {
+    /// Lets writes that lie in `at` come with the CPU's next exit, instead of being one. Before there are vCPUs.
+    pub fn postpone(&self, space: Space, at: Span) {
+        // An older KVM would take a port for an address in memory.
+        let (cap, place, address) = match space {
+            Space::Pio => (Cap::CoalescedPio, "port", IoEventAddress::Pio(at.start)),
+            Space::Mmio => (Cap::CoalescedMmio, "address", IoEventAddress::Mmio(at.start)),
+        };
+        let Ok(size) = u32::try_from(at.size) else { return };
+        if !kvm().is_ok_and(|kvm| kvm.check_extension(cap)) {
             return;
         }
         let why =
             "A write there does nothing by itself. KVM keeps it, and Bantam carries it out at the CPU's next exit.";
-        let fields = || (format!("port {port:#x}, 1 byte"), why);
-        let set = || self.fd.register_coalesced_mmio(IoEventAddress::Pio(port), 1);
+        let fields = || (format!("{place} {:#x}, size {size}", at.start), why);
+        let set = || self.fd.register_coalesced_mmio(address, size);
         if call("KVM_REGISTER_COALESCED_MMIO", fields, set).is_ok() {
             self.postpones.store(true, Ordering::Relaxed);
         }

@@ -19,6 +19,7 @@ use crate::board::Chosen;
 use crate::board::virtio::{page_of, turn};
 use crate::config::{Config, CpuFeature, Gic, IrqChip};
 use crate::device::pl061::POWER;
+use crate::device::{pl011, pl031, pl061};
 use crate::memory::Span;
 
 /// Names by which nodes refer to one another.
@@ -42,6 +43,8 @@ const HERTZ: u32 = 24_000_000;
 const KEY_POWER: u32 = 116;
 /// GPIO_ACTIVE_HIGH (Linux include/dt-bindings/gpio/gpio.h).
 const ACTIVE_HIGH: u32 = 0;
+/// What a primecell's identification registers say, so that nobody need read them (bindings/arm/primecell.yaml).
+const PERIPHID: &str = "arm,primecell-periphid";
 
 /// The machine's device tree.
 ///
@@ -207,6 +210,7 @@ fn devices(tree: &mut FdtWriter, gic: bool) -> Result<()> {
     let node = tree.begin_node(&format!("serial@{SERIAL:x}"))?;
     tree.property_string_list("compatible", vec!["arm,pl011".into(), "arm,primecell".into()])?;
     tree.property_array_u64("reg", &[SERIAL, PAGE])?;
+    tree.property_u32(PERIPHID, u32::from_le_bytes(pl011::PERIPHERAL))?;
     if gic {
         tree.property_array_u32("interrupts", &[SPI, SERIAL_SPI, HIGH])?;
     }
@@ -217,6 +221,7 @@ fn devices(tree: &mut FdtWriter, gic: bool) -> Result<()> {
     let node = tree.begin_node(&format!("rtc@{CLOCK:x}"))?;
     tree.property_string_list("compatible", vec!["arm,pl031".into(), "arm,primecell".into()])?;
     tree.property_array_u64("reg", &[CLOCK, PAGE])?;
+    tree.property_u32(PERIPHID, u32::from_le_bytes(pl031::PERIPHERAL))?;
     tree.property_u32("clocks", SERIAL_CLOCK)?;
     tree.property_string("clock-names", "apb_pclk")?;
     tree.end_node(node)?;
@@ -304,6 +309,7 @@ fn power_button(tree: &mut FdtWriter) -> Result<()> {
     let node = tree.begin_node(&format!("gpio@{GPIO:x}"))?;
     tree.property_string_list("compatible", vec!["arm,pl061".into(), "arm,primecell".into()])?;
     tree.property_array_u64("reg", &[GPIO, PAGE])?;
+    tree.property_u32(PERIPHID, u32::from_le_bytes(pl061::PERIPHERAL))?;
     tree.property_array_u32("interrupts", &[SPI, GPIO_SPI, HIGH])?;
     tree.property_null("gpio-controller")?;
     tree.property_u32("#gpio-cells", 2)?;

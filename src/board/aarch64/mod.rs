@@ -117,8 +117,7 @@ pub fn build(vm: &Vm, config: &Config, _layout: &Layout, wires: Wires) -> Result
         messages: there && has_its(config),
         senders: true,
         ports: None,
-        // KVM maps it as memory that is cached; a guest that maps it as a device would read past the cache.
-        mirror: None,
+        mirror: virtio::mirror(vm, config),
     };
     let bench = virtio::place(vm, config, ends, sockets, &mut devices)?;
     Ok(Board { buses: devices.finish(), serial, bench, power, irqchip: Irqchip::default() })

@@ -21,10 +21,10 @@ use super::{Board, Chosen, PowerButton, Wires};
 
 pub use crate::arch::SavedVm;
 use crate::arch::layout::{
-    ACPI, CMOS, DEBUG_EXIT, GENERATION, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, IOAPIC, PCI_ECAM, PCI_PORTS, POWER,
-    POWER_IRQ, POWER_OFF, POWER_SIZE, PVPANIC, SERIAL, SERIAL_IRQ, TSS,
+    ACPI, CMOS, DEBUG_EXIT, GENERATION, I8042_COMMAND, I8042_DATA, IDENTITY_MAP, IOAPIC, PCI_PORTS, POWER, POWER_IRQ,
+    POWER_OFF, POWER_SIZE, PVPANIC, SERIAL, SERIAL_IRQ, TSS,
 };
-use crate::arch::{self, Layout, PCI_ECAM_SIZE};
+use crate::arch::{self, Layout};
 use crate::bus::{Builder, Space};
 use crate::clock::HostClock;
 use crate::config::{Config, Cpuid, IrqChip, Platform};
@@ -33,7 +33,6 @@ use crate::device::debug_console::DebugConsole;
 use crate::device::debug_exit::DebugExit;
 use crate::device::i8042::I8042;
 use crate::device::ioapic::{IoApic, Message, Messages, PINS};
-use crate::device::pci::{Mirror, pages};
 use crate::device::power::{Button, Power};
 use crate::device::power_off::PowerOff;
 use crate::device::pvpanic::PvPanic;
@@ -43,14 +42,14 @@ use crate::host::random;
 use crate::irq::{IrqLine, Shared, Unconnected};
 use crate::memory::{Memory, Span};
 use crate::vcpu::Vcpu;
-use crate::vm::{KernelMessages, Shown, Vm, kvm};
+use crate::vm::{KernelMessages, Vm, kvm};
 
 /// The console that Linux is told of.
 pub const LINUX_CONSOLE: &str = "console=ttyS0";
 /// What it is told besides: not to look for what this machine has not. Of PCI that is, before ACPI says where it is, the
-/// chipsets with flaws that Linux goes round.
+/// chipsets with flaws that Linux goes round; of the serial port, more of them, and a transmitter that forgets its interrupt.
 pub fn linux_arguments(config: &Config) -> Vec<&'static str> {
-    vec!["8250.nr_uarts=1", if config.has_pci() { "pci=noearly" } else { "pci=off" }]
+    vec!["8250.nr_uarts=1", "8250.skip_txen_test=1", if config.has_pci() { "pci=noearly" } else { "pci=off" }]
 }
 
 /// The I/O APIC's inputs of PCI's INTx, and the numbers that a PC without ACPI reads for them.
@@ -59,7 +58,11 @@ const INTX_LEGACY: [u32; INTX] = [10, 11, 10, 11];
 
 /// Registers whose writes do nothing until another register of the device is asked for. A trace shows them when they happen,
 /// so they make exits then.
-const POSTPONED: [u64; 2] = [CMOS + cmos::INDEX, SERIAL + serial::LINE_CONTROL];
+const POSTPONED: [Span; 3] = [
+    Span { start: CMOS + cmos::INDEX, size: 1 },
+    Span { start: SERIAL + serial::LINE_CONTROL, size: 1 },
+    Span { start: PCI_PORTS, size: 4 },
+];
 
 /// KVM's own controllers have no descriptor of their own.
 pub struct Irqchip;
@@ -84,7 +87,9 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, wires: Wires) -> Result<
         .map_err(io::Error::from)
         .context("KVM_SET_TSS_ADDR")?;
     // A slot is made before in-kernel devices.
-    let mirror = mirror(vm, config);
+    let acpi = config.platform == Some(Platform::Acpi);
+    // ACPI alone tells a guest of it.
+    let mirror = if acpi { virtio::mirror(vm, config) } else { None };
     let lines = match config.irqchip {
         Some(IrqChip::None) => Inputs::None,
         Some(IrqChip::Split) => Inputs::Split(split(vm)?),
@@ -102,7 +107,7 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, wires: Wires) -> Result<
     devices.place(Space::Pio, Span { start: DEBUG_EXIT, size: 4 }, DebugExit)?;
     devices.place(Space::Pio, Span { start: POWER_OFF, size: 2 }, PowerOff::default())?;
     let mut power = None;
-    if config.platform == Some(Platform::Acpi) {
+    if acpi {
         let button = Button::default();
         let device = Power::new(button.clone(), power_line);
         let device = devices.place(Space::Pio, Span { start: POWER, size: POWER_SIZE }, device)?;
@@ -117,8 +122,8 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, wires: Wires) -> Result<
         devices.place(at.space, Span { start: at.addr, size: 1 }, DebugConsole::new(Box::new(debug)))?;
     }
     let bench = virtio::place(vm, config, ends, sockets, &mut devices)?;
-    if config.platform == Some(Platform::Acpi) && config.trace.is_none() {
-        POSTPONED.into_iter().for_each(|port| vm.postpone(port));
+    if acpi && config.trace.is_none() {
+        POSTPONED.into_iter().for_each(|ports| vm.postpone(Space::Pio, ports));
     }
     Ok(Board { buses: devices.finish(), serial, bench, power, irqchip: Irqchip })
 }
@@ -179,23 +184,6 @@ fn sockets(vm: &Vm, config: &Config, inputs: &Inputs) -> Sockets {
         ports: Some(PCI_PORTS),
         mirror: None,
     }
-}
-
-impl Mirror for Shown {
-    fn show(&self, page: u64, bytes: &[u8]) {
-        // No more than there are functions is ever shown, and those have their pages.
-        let _ = self.put(page, bytes);
-    }
-}
-
-/// PCI's configuration space as memory, where ACPI tells the guest of it. A trace shows every access, so there is none then.
-fn mirror(vm: &Vm, config: &Config) -> Option<Box<dyn Mirror>> {
-    if !config.has_pci() || config.platform != Some(Platform::Acpi) || config.trace.is_some() {
-        return None;
-    }
-    let at = Span { start: PCI_ECAM, size: PCI_ECAM_SIZE };
-    // A host that cannot has the exits.
-    vm.show(at, &pages(config.virtio_devices())).ok().map(|shown| Box::new(shown) as _)
 }
 
 /// The routes that KVM_CREATE_IRQCHIP makes: each input of the I/O APIC, and the first 16 to the 8259As too.

@@ -2,6 +2,8 @@
 //!
 //! Invariant: the bits that a guest cannot change are those that the function was made with.
 
+use std::ops::Range;
+
 use anyhow::{Result, bail};
 
 /// Bytes of it; there is no extended one.
@@ -56,7 +58,7 @@ fn put(bytes: &mut [u8; SIZE], at: usize, value: &[u8]) {
 }
 
 impl ConfigSpace {
-    /// A function without BAR, interrupt and capabilities.
+    /// A function without BAR, interrupt and capabilities, which there is nothing to command.
     pub fn new(identity: &Identity) -> Self {
         let mut fresh = [0; SIZE];
         let [vendor, device] = identity.id.map(u16::to_le_bytes);
@@ -66,7 +68,6 @@ impl ConfigSpace {
         put(&mut fresh, SUBSYSTEM, &vendor);
         put(&mut fresh, SUBSYSTEM + 2, &device);
         let mut writable = [0; SIZE];
-        put(&mut writable, COMMAND, &(MEMORY | MASTER | NO_INTX).to_le_bytes());
         put(&mut writable, INTERRUPT_LINE, &[0xff]);
         Self { fresh, writable, bar: 0, last_capability: CAPABILITIES, end: FIRST, bytes: fresh, live: false }
     }
@@ -75,6 +76,7 @@ impl ConfigSpace {
     #[must_use]
     pub fn with_bar(mut self, size: u32, address: u32) -> Self {
         put(&mut self.writable, BAR0, &(!(size - 1)).to_le_bytes());
+        put(&mut self.writable, COMMAND, &(MEMORY | MASTER | NO_INTX).to_le_bytes());
         put(&mut self.fresh, BAR0, &address.to_le_bytes());
         put(&mut self.fresh, COMMAND, &MEMORY.to_le_bytes());
         self.bar = size;
@@ -136,6 +138,11 @@ impl ConfigSpace {
 
     fn command(&self) -> u16 {
         (self.read(COMMAND, 2) & 0xffff) as u16
+    }
+
+    /// Where nothing that is written has any effect: BARs, and what is around them, that a function does not have.
+    pub fn idle(&self) -> Range<usize> {
+        if self.bar == 0 { COMMAND..INTERRUPT_LINE } else { BAR0 + 4..INTERRUPT_LINE }
     }
 
     /// Where BAR 0 answers, if it does.
@@ -215,6 +222,19 @@ mod tests {
         assert_eq!(function.bar(), Some(0xe000_0000));
         function.write(COMMAND, 2, 0);
         assert_eq!((function.bar(), function.offset_in_bar(0xe000_0000)), (None, None));
+    }
+
+    #[test]
+    fn what_is_idle_takes_no_write() {
+        let identity = Identity { id: [1, 2], class: 0x06_0000, revision: 0 };
+        for mut config in [function(), ConfigSpace::new(&identity)] {
+            config.add_capability(9, &[1, 2, 3], &[0xff; 3]);
+            let before = config.bytes().to_vec();
+            let idle = config.idle();
+            assert!(idle.len() >= 0x28, "{idle:?}");
+            idle.clone().for_each(|at| config.write(at, (idle.end - at).min(4), !config.read(at, 4)));
+            assert_eq!(config.bytes(), before);
+        }
     }
 
     #[test]

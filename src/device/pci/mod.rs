@@ -14,12 +14,15 @@
 pub mod config;
 pub mod msix;
 
+use std::iter;
+
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use self::config::{ConfigSpace, Identity};
 use super::{unwrap, wrap};
 use crate::bus::{Device, Effect, Saved};
+use crate::memory::Span;
 
 /// Of the saved state.
 const VERSION: u32 = 1;
@@ -109,6 +112,15 @@ impl PciHost {
             bail!("{} PCI devices are more than the {} that a bus has room for", functions.len(), SLOTS - 1);
         }
         Ok(Self { bridge: ConfigSpace::new(&HOST_BRIDGE), functions, mirror: None, address: 0 })
+    }
+
+    /// Where a write to ECAM has no effect, on the functions that are there: offsets in it.
+    pub fn idle(&self) -> impl Iterator<Item = Span> {
+        let configs = iter::once(&self.bridge).chain(self.functions.iter().map(|function| function.config()));
+        configs.enumerate().map(|(slot, config)| {
+            let idle = config.idle();
+            Span { start: page(slot) + idle.start as u64, size: idle.len() as u64 }
+        })
     }
 
     /// Has `mirror` show what is in configuration space.

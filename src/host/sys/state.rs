@@ -79,6 +79,33 @@ pub fn counter_hertz() -> u64 {
     hertz
 }
 
+/// Has what was written at these addresses of this process reach memory itself (DC CVAC), where a guest finds it that
+/// reads past the caches, as it does what it takes for a device's registers.
+///
+/// # Safety
+/// All of `[start, start + size)` is mapped, and can be read.
+#[cfg(target_arch = "aarch64")]
+pub unsafe fn write_back(start: usize, size: usize) {
+    let kind: u64;
+    // SAFETY: reads a register that Linux lets every program read, and does nothing else.
+    unsafe { std::arch::asm!("mrs {}, ctr_el0", out(reg) kind, options(nomem, nostack, preserves_flags)) };
+    // CTR_EL0.DminLine: of the smallest line, in words of four bytes.
+    let line = 4usize << (kind >> 16 & 0xf);
+    for at in (start & !(line - 1)..start.saturating_add(size)).step_by(line) {
+        // SAFETY: the caller has it mapped, and no byte changes.
+        unsafe { std::arch::asm!("dc cvac, {}", in(reg) at, options(nostack, preserves_flags)) };
+    }
+    // SAFETY: waits for that to be done.
+    unsafe { std::arch::asm!("dsb sy", options(nostack, preserves_flags)) };
+}
+
+/// On x86-64 no guest reads past the caches: KVM has the CPU ignore that it wants to, but for what is no RAM.
+///
+/// # Safety
+/// None is needed here.
+#[cfg(target_arch = "x86_64")]
+pub const unsafe fn write_back(_start: usize, _size: usize) {}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -20,8 +20,9 @@ const TRACE: &str = "/sys/kernel/debug/tracing";
 /// Folders of KVM's own counts, one for each machine.
 const COUNTS: &str = "/sys/kernel/debug/kvm";
 
-/// What the guest's first process prints.
+/// What the guest's first process prints, and a line of the same length after it.
 const LINE: &[u8] = b"init";
+const SECOND: &[u8] = b"more";
 
 /// How long a monitor may take to end after its guest did.
 const ENDING: Duration = Duration::from_secs(3);
@@ -36,29 +37,40 @@ pub fn measure(name: &str, cmdline: &str, folder: &Path) -> Result<()> {
     let mut child = command.spawn().with_context(|| crate::sh::words(&command))?;
     let out = child.stdout.take().context("no stdout")?;
     let mut out = BufReader::new(out);
-    let mut shown = Vec::new();
-    let init = loop {
-        let before = shown.len();
-        if out.read_until(b'\n', &mut shown)? == 0 {
-            bail!("{name} ended ({:?}) before the guest's init:\n{}", child.wait(), String::from_utf8_lossy(&shown));
-        }
-        if shown.get(before..).is_some_and(|line| line.trim_ascii() == LINE) {
-            break now()?;
-        }
-    };
-    let counts = counts();
-    let exits = fs::read_to_string(format!("{EVENTS}/kvm_userspace_exit/hist")).unwrap_or_default();
+    if let Err(shown) = wait_for(LINE, &mut out)? {
+        bail!("{name} ended ({:?}) before the guest's init:\n{shown}", child.wait());
+    }
+    let init = now()?;
+    let (counts, exits) = (counts(), histogram());
     println!("init {}", init - start);
     if let Some(entry) = first_entry()? {
         println!("entry {}", entry.saturating_sub(start));
     }
     counts.iter().for_each(|(name, count)| println!("kvm {name} {count}"));
-    histogram(&exits).iter().for_each(|(reason, count)| println!("user {reason} {count}"));
+    exits.iter().for_each(|(reason, count)| println!("user {reason} {count}"));
+    if wait_for(SECOND, &mut out)?.is_ok() {
+        let sum = |exits: &[(String, u64)]| exits.iter().map(|(_, count)| count).sum::<u64>();
+        println!("line {}", sum(&histogram()).saturating_sub(sum(&exits)));
+    }
     end(&mut child, out)?;
     if let Ok(json) = fs::read_to_string(&stats) {
         by_device(&json).iter().for_each(|(kind, count)| println!("device {count} {kind}"));
     }
     Ok(())
+}
+
+/// Waits for a line of the guest's; else gives all that it has shown until its end.
+fn wait_for(wanted: &[u8], out: &mut impl BufRead) -> Result<std::result::Result<(), String>> {
+    let mut shown = Vec::new();
+    loop {
+        let before = shown.len();
+        if out.read_until(b'\n', &mut shown)? == 0 {
+            return Ok(Err(String::from_utf8_lossy(&shown).into_owned()));
+        }
+        if shown.get(before..).is_some_and(|line| line.trim_ascii() == wanted) {
+            return Ok(Ok(()));
+        }
+    }
 }
 
 /// Time, in nanoseconds of the clock that the trace is told to use.
@@ -110,8 +122,13 @@ fn counts() -> Vec<(String, u64)> {
     all
 }
 
+/// Exits to userspace so far, by KVM's number of the reason.
+fn histogram() -> Vec<(String, u64)> {
+    reasons(&fs::read_to_string(format!("{EVENTS}/kvm_userspace_exit/hist")).unwrap_or_default())
+}
+
 /// Reads `{ reason:          2 } hitcount:         42`.
-fn histogram(text: &str) -> Vec<(String, u64)> {
+fn reasons(text: &str) -> Vec<(String, u64)> {
     let line = |line: &str| {
         let (reason, count) = line.strip_prefix("{ reason:")?.split_once("} hitcount:")?;
         Some((reason.trim().to_owned(), count.trim().parse().ok()?))
@@ -211,7 +228,7 @@ mod tests {
         assert_eq!(entry_time("# tracer: nop"), None);
         let text =
             "# event histogram\n{ reason:          2 } hitcount:         42\n{ reason: 6 } hitcount: 1\n\nTotals:\n";
-        assert_eq!(histogram(text), [("2".into(), 42), ("6".into(), 1)]);
+        assert_eq!(reasons(text), [("2".into(), 42), ("6".into(), 1)]);
     }
 
     #[test]

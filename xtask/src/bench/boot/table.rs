@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 pub struct Result {
     /// Nanoseconds from the start of the process: `entry`, `init`.
     times: Vec<(String, u64)>,
+    /// Exits to userspace that a line of init's costs by itself.
+    line: Option<u64>,
     /// KVM's own counts up to the guest's init.
     kvm: Vec<(String, u64)>,
     /// Exits to userspace up to there, by KVM's number of the reason.
@@ -25,6 +27,7 @@ impl Result {
             let words: Vec<_> = line.splitn(3, ' ').collect();
             match *words.as_slice() {
                 [time @ ("entry" | "init"), count] => push(&mut result.times, time, count),
+                ["line", count] => result.line = count.parse().ok(),
                 ["kvm", name, count] => push(&mut result.kvm, name, count),
                 ["user", reason, count] => push(&mut result.user, reason, count),
                 ["device", count, name] => push(&mut result.device, name, count),
@@ -88,6 +91,7 @@ pub fn table(columns: &[(String, Vec<Result>)]) -> String {
     line("start → first guest instruction, ms", &|results| times(results, |result| result.time("entry")));
     line("start → init, ms", &|results| times(results, |result| result.time("init")));
     line("exits to userspace up to init", &|results| count(results.first().and_then(Result::to_userspace)));
+    line("of them for init's own line", &|results| count(results.first().and_then(|result| result.line)));
     for (what, of) in [("of them ", (|result| &result.user) as fn(&Result) -> &Vec<_>), ("KVM: ", |result| &result.kvm)]
     {
         let all = columns.iter().flat_map(|(_, results)| results.first()).flat_map(of);
@@ -130,7 +134,7 @@ mod tests {
 
     #[test]
     fn sides_are_put_beside_each_other() {
-        let ours = "init 1100000000\nentry 900000\nkvm exits 70\nkvm pages_4k 9\nuser 2 30\nuser 6 4\ndevice 30 io-out serial\n";
+        let ours = "init 1100000000\nentry 900000\nkvm exits 70\nkvm pages_4k 9\nuser 2 30\nuser 6 4\nline 7\ndevice 30 io-out serial\n";
         let theirs = "init 1200000000\nkvm exits 80\nuser 2 35\n";
         let columns = [("bantam", ours), ("other", theirs)].map(|(name, text)| {
             let result = Result::parse(text);
@@ -142,6 +146,7 @@ mod tests {
             "| start → first guest instruction, ms | 0.90 | — |",
             "| start → init, ms | 1100.00 | 1200.00 |",
             "| exits to userspace up to init | 34 | 35 |",
+            "| of them for init's own line | 7 | — |",
             "| of them port I/O | 30 | 35 |",
             "| of them MMIO | 4 | — |",
             "| KVM: exits | 70 | 80 |",
