@@ -17,6 +17,9 @@ use crate::host::sys;
 /// Most events taken in one call.
 pub const BATCH: usize = 8;
 
+/// In a token, for those who want to know: nothing will follow what can be read now.
+pub const ENDED: u64 = 1 << 63;
+
 /// Waits for descriptors to become readable. Each is known by a token of the caller's.
 pub struct Readiness {
     epoll: OwnedFd,
@@ -40,10 +43,15 @@ impl Readiness {
             Edge::Level => epoll::EventFlags::IN,
             Edge::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
             Edge::Both => epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET,
+            Edge::Ends => {
+                epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET
+            }
         };
         match epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), flags) {
             Ok(()) => Ok(true),
             Err(rustix::io::Errno::PERM) => Ok(false),
+            // Watched already, and so it stays.
+            Err(rustix::io::Errno::EXIST) => Ok(true),
             Err(e) => Err(e.into()),
         }
     }
@@ -65,7 +73,12 @@ impl Readiness {
         ready.clear();
         let mut events = [MaybeUninit::uninit(); BATCH];
         match epoll::wait(&self.epoll, &mut events, timeout.as_ref()) {
-            Ok((events, _)) => ready.extend(events.iter().map(|event| event.data.u64())),
+            Ok((events, _)) => ready.extend(events.iter().map(|event| {
+                // Only who asks for it is told.
+                let flags = event.flags;
+                let ended = flags.contains(epoll::EventFlags::RDHUP);
+                event.data.u64() | if ended { ENDED } else { 0 }
+            })),
             Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
@@ -89,6 +102,8 @@ pub enum Edge {
     Edge,
     /// When it becomes readable or writable.
     Both,
+    /// The same; and its token has [`ENDED`] once the other end of a socket has closed, whatever is left to read.
+    Ends,
 }
 
 /// What a thread needs for its stack, and what all of them take of the heap soon after.
@@ -166,6 +181,26 @@ mod tests {
         readiness.forget(&bell);
         bell.ring();
         assert!(wait(soon).is_empty());
+    }
+
+    #[test]
+    fn an_end_is_told_with_what_came_before_it() {
+        use std::io::Write;
+        let readiness = Readiness::new().unwrap();
+        let (own, mut other) = std::os::unix::net::UnixStream::pair().unwrap();
+        assert!(readiness.watch(&own, 5, Edge::Ends).unwrap() && readiness.watch(&own, 6, Edge::Ends).unwrap());
+        let mut ready = Vec::new();
+        let mut wait = || {
+            readiness.wait(Some(Duration::ZERO), &mut ready).unwrap();
+            ready.clone()
+        };
+        // Writable, from the beginning.
+        assert_eq!((wait(), wait()), (vec![5], vec![]));
+        other.write_all(&[1]).unwrap();
+        assert_eq!((wait(), wait()), (vec![5], vec![]));
+        other.write_all(&[2]).unwrap();
+        drop(other);
+        assert_eq!((wait(), wait()), (vec![5 | ENDED], vec![]));
     }
 
     #[test]

@@ -257,7 +257,7 @@ impl Link {
                 line.pulse();
             }
         };
-        let active = Active { queues, features: self.accepted, space_changed: false, moved: false };
+        let active = Active::new(queues, self.accepted);
         let doorbells = self.doorbells.clone();
         let lent = Lent { device, active, doorbells, changed: Box::new(changed) };
         let number = self.number;

@@ -65,6 +65,8 @@ pub enum Wake {
     /// This one of its descriptors has become readable or writable. It is said once: what the device leaves there, it
     /// must remember.
     Source(usize),
+    /// The same, and its other end has closed: nothing will follow what can be read now.
+    Ended(usize),
 }
 
 /// What a device at work has to do with.
@@ -75,8 +77,17 @@ pub struct Active {
     pub features: u64,
     /// The device's configuration space is not what it was: the driver is to be told.
     pub space_changed: bool,
+    /// The device's descriptors are not those that it had.
+    pub sources_changed: bool,
     /// The machine is another one than that which the driver began in. Who sees to that takes it back.
     pub moved: bool,
+}
+
+impl Active {
+    /// What a device begins with.
+    pub fn new(queues: Vec<Queue>, features: u64) -> Self {
+        Self { queues, features, space_changed: false, sources_changed: false, moved: false }
+    }
 }
 
 /// A device.
@@ -95,7 +106,7 @@ pub trait VirtioDevice: Send {
     /// The driver writes to the configuration space; it lies within it.
     fn set_space(&mut self, _offset: usize, _bytes: &[u8]) {}
 
-    /// The descriptors that it waits for, always the same.
+    /// The descriptors that it waits for; [`Active::sources_changed`] says when they are others.
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }

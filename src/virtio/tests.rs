@@ -279,8 +279,7 @@ impl<D: VirtioDevice> Rig<D> {
         let driver = |(at, size): (usize, &u16)| Driver::new(&memory, at as u64 * SHARE, *size, features);
         let drivers: Vec<_> = sizes.map(driver).collect();
         let queues = drivers.iter().map(Driver::queue).collect();
-        let mut rig =
-            Self { device, active: Active { queues, features, space_changed: false, moved: false }, drivers, memory };
+        let mut rig = Self { device, active: Active::new(queues, features), drivers, memory };
         rig.wake(Wake::Start);
         rig
     }

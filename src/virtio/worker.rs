@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Active, VirtioDevice, Wake};
-use crate::event::{Edge, Readiness, Worker};
+use crate::event::{ENDED, Edge, Readiness, Worker};
 use crate::host::sys::{eventfd, fd_of};
 use crate::trace::{Track, now};
 
@@ -69,7 +69,7 @@ fn serve(track: Option<&Track>, id: u32, lent: &mut Lent, wake: Wake) {
     let woken = match wake {
         Wake::Start => ("start", None),
         Wake::Queue(queue) => ("queue", Some(queue)),
-        Wake::Source(source) => ("source", Some(source)),
+        Wake::Source(source) | Wake::Ended(source) => ("source", Some(source)),
     };
     track.served((lent.device.kind().name, id), woken, begun);
 }
@@ -86,7 +86,7 @@ pub struct Devices {
     track: Option<Track>,
 }
 
-/// A descriptor's token: the device's number, then whether it is a queue's, then which.
+/// A descriptor's token: the device's number, which is small, then whether it is a queue's, then which.
 const SOURCE: u64 = 1 << 31;
 const BELL: u64 = u64::MAX;
 
@@ -99,12 +99,12 @@ impl Devices {
     ///
     /// # Errors
     /// One of its descriptors cannot be waited for; it is at work nevertheless.
-    pub fn start(&mut self, id: u32, mut lent: Lent) -> Result<()> {
+    pub fn start(&mut self, id: u32, lent: Lent) -> Result<()> {
         let watched = self.watch(id, &lent);
-        if self.running {
-            serve(self.track.as_ref(), id, &mut lent, Wake::Start);
-        }
         self.lent.insert(id, lent);
+        if self.running {
+            self.serve(id, Wake::Start);
+        }
         watched
     }
 
@@ -114,17 +114,33 @@ impl Devices {
             let _ = bell.read();
             self.readiness.watch(fd_of(bell), token(id, queue), Edge::Edge)?;
         }
+        self.watch_sources(id, lent)
+    }
+
+    fn watch_sources(&self, id: u32, lent: &Lent) -> Result<()> {
         for (source, fd) in lent.device.sources().into_iter().enumerate() {
-            self.readiness.watch(fd, token(id, source) | SOURCE, Edge::Both)?;
+            self.readiness.watch(fd, token(id, source) | SOURCE, Edge::Ends)?;
         }
         Ok(())
+    }
+
+    /// Serves a device, and listens to what it has now.
+    fn serve(&mut self, id: u32, wake: Wake) {
+        let Some(lent) = self.lent.get_mut(&id) else { return };
+        serve(self.track.as_ref(), id, lent, wake);
+        if std::mem::take(&mut lent.active.sources_changed)
+            && let Some(lent) = self.lent.get(&id)
+        {
+            // Where there is no memory for it, the device hears nothing; its driver's notifications wake it still.
+            let _ = self.watch_sources(id, lent);
+        }
     }
 
     /// Lets all devices begin, or go on.
     fn go_on(&mut self) {
         self.running = true;
-        let track = self.track.as_ref();
-        self.lent.iter_mut().for_each(|(id, lent)| serve(track, *id, lent, Wake::Start));
+        let all: Vec<_> = self.lent.keys().copied().collect();
+        all.into_iter().for_each(|id| self.serve(id, Wake::Start));
     }
 
     /// Tells all devices that their machine is another one now.
@@ -156,10 +172,13 @@ impl Devices {
 
     fn wake(&mut self, token: u64) {
         let index = (token & (SOURCE - 1)) as usize;
-        let wake = if token & SOURCE == 0 { Wake::Queue(index) } else { Wake::Source(index) };
-        let Ok(id) = u32::try_from(token >> 32) else { return };
-        if let Some(lent) = self.lent.get_mut(&id) {
-            serve(self.track.as_ref(), id, lent, wake);
+        let wake = match (token & SOURCE, token & ENDED) {
+            (0, _) => Wake::Queue(index),
+            (_, 0) => Wake::Source(index),
+            _ => Wake::Ended(index),
+        };
+        if let Ok(id) = u32::try_from((token & !ENDED) >> 32) {
+            self.serve(id, wake);
         }
     }
 }

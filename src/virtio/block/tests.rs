@@ -56,12 +56,7 @@ impl Rig {
         };
         let line: Arc<dyn crate::irq::IrqLine> = Arc::new(TestWire::default());
         let queue = |n| Queue::new(&memory, ring(n * ROOM), [false, true], line.clone());
-        let active = Active {
-            queues: (0..count).map(queue).collect(),
-            features: feature::FLUSH,
-            space_changed: false,
-            moved: false,
-        };
+        let active = Active::new((0..count).map(queue).collect(), feature::FLUSH);
         let mut rig = Self { memory, device, active, queues: vec![Side::default(); count as usize], on: 0 };
         rig.device.service(Wake::Start, &mut rig.active);
         rig

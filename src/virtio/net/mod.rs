@@ -1,8 +1,8 @@
 //! A network card (VIRTIO 1.3 §5.1): frames between the guest and a wire, which is a `tap` interface or a `stream`.
 //!
 //! A frame is taken from the wire only when the guest has a buffer for it, so what the guest does not take stays where it
-//! can be held back. Invariant: at most one frame for each pair of queues is in our hands, that for which the guest has
-//! had some buffers and not enough yet; a frame no guest can take is dropped, and never stops those behind it.
+//! can be held back. Invariant: at most one frame of an interface for each pair of queues is in our hands, that for which the
+//! guest has had some buffers and not enough yet; a frame no guest can take is dropped, and never stops those behind it.
 
 mod stream;
 mod tap;
@@ -67,15 +67,6 @@ const SET_PAIRS: [u8; 2] = [4, 0];
 const OK: u8 = 0;
 const ERR: u8 = 1;
 
-/// What comes from a wire.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Received {
-    /// A frame, so long with its header; one that is too short is none.
-    Frame(usize),
-    /// Nothing for now: a source will tell of more.
-    Nothing,
-}
-
 /// What became of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sent {
@@ -93,10 +84,17 @@ trait Wire: Send {
     fn offers(&self) -> u64;
     /// The driver takes these features, and uses so many pairs.
     fn begin(&mut self, features: u64, pairs: usize);
-    /// A source has told of something.
-    fn wake(&mut self);
-    /// The next frame for a pair.
-    fn receive(&mut self, pair: usize, frame: &mut [u8]) -> Received;
+    /// A source has told of something, or of its other end's (`ended`): gives the pair that it belongs to.
+    fn wake(&mut self, source: usize, ended: bool) -> usize;
+    /// Its sources are not those that they were when this was asked last.
+    fn has_other_sources(&mut self) -> bool {
+        false
+    }
+    /// The next frame for a pair, with its header, the same until it is taken; none for now where a source will tell of
+    /// more. One that is too short is none.
+    fn receive(&mut self, pair: usize) -> Option<&mut [u8]>;
+    /// The frame that was received is the guest's, or lost; false where there is no other for now, as for [`Wire::receive`].
+    fn taken(&mut self, pair: usize) -> bool;
     /// A frame of a pair: a chain, of which at least [`LEAST`] bytes and at most [`FRAME`] can be read.
     fn send(&mut self, pair: usize, chain: &mut Chain) -> Sent;
     /// That was the last frame for now: what was kept to go together goes.
@@ -139,16 +137,6 @@ impl Mac {
     }
 }
 
-/// What each pair of queues keeps.
-#[derive(Default)]
-struct Pair {
-    /// The wire may have a frame.
-    ready: bool,
-    /// A frame that was taken from the wire: its first bytes are in the buffer.
-    held: usize,
-    buffer: Vec<u8>,
-}
-
 /// The device.
 pub struct Net {
     // Configuration
@@ -157,8 +145,8 @@ pub struct Net {
     // Wires
     wire: Box<dyn Wire>,
     // State
-    /// As many as the driver may use.
-    pairs: Vec<Pair>,
+    /// For each pair of queues that the driver may use: the wire may have a frame.
+    pairs: Vec<bool>,
     /// As many as it does.
     used: usize,
     up: bool,
@@ -210,8 +198,7 @@ impl Net {
 
     fn with(wire: Box<dyn Wire>, mac: Mac, mtu: Option<u16>, pairs: usize) -> Self {
         let up = wire.is_up();
-        let pairs = (0..pairs).map(|_| Pair::default()).collect();
-        Self { mac, mtu, wire, pairs, used: 1, up, chains: Vec::new() }
+        Self { mac, mtu, wire, pairs: vec![false; pairs], used: 1, up, chains: Vec::new() }
     }
 
     fn has_control(&self) -> bool {
@@ -220,31 +207,25 @@ impl Net {
 
     /// Gives the driver of a pair what comes from the wire, while there is something and it has buffers.
     fn receive(&mut self, at: usize, queue: &mut Queue, merge: bool) {
-        let Some(pair) = self.pairs.get_mut(at) else { return };
-        pair.buffer.resize(FRAME, 0);
+        let Some(ready) = self.pairs.get_mut(at) else { return };
         let mut turns = 0;
-        while pair.ready || pair.held > 0 {
+        while *ready {
             turns += 1;
             if turns > TURNS {
                 // Others first.
                 return queue.again();
             }
             let Some(first) = queue.pop() else { return };
-            if pair.held == 0 {
-                match self.wire.receive(at, &mut pair.buffer) {
-                    Received::Frame(size) => pair.held = size.min(FRAME),
-                    Received::Nothing => {
-                        pair.ready = false;
-                        return queue.undo(first);
-                    }
-                }
-            }
-            let frame = pair.buffer.get_mut(..pair.held).unwrap_or_default();
+            let Some(frame) = self.wire.receive(at) else {
+                *ready = false;
+                return queue.undo(first);
+            };
             self.chains.push(first);
-            match deliver(frame, queue, merge, &mut self.chains) {
-                true => pair.held = 0,
-                false => return,
+            if !deliver(frame, queue, merge, &mut self.chains) {
+                return;
             }
+            // Where nothing is left the driver need not say when it has buffers again.
+            *ready = self.wire.taken(at);
         }
     }
 
@@ -281,7 +262,7 @@ impl Net {
 
     fn begin(&mut self, features: u64) {
         self.wire.begin(features, self.used);
-        self.pairs.iter_mut().for_each(|pair| pair.ready = true);
+        self.pairs.fill(true);
     }
 
     /// Does all there is to do for a pair.
@@ -358,12 +339,13 @@ impl VirtioDevice for Net {
                 (0..self.pairs.len()).for_each(|pair| self.serve(pair, active));
             }
             Wake::Queue(at) => self.serve(at / 2, active),
-            Wake::Source(pair) => {
-                self.wire.wake();
-                self.pairs.get_mut(pair).into_iter().for_each(|pair| pair.ready = true);
+            Wake::Source(source) | Wake::Ended(source) => {
+                let pair = self.wire.wake(source, matches!(wake, Wake::Ended(_)));
+                self.pairs.get_mut(pair).into_iter().for_each(|ready| *ready = true);
                 self.serve(pair, active);
             }
         }
+        active.sources_changed |= self.wire.has_other_sources();
         let up = self.wire.is_up();
         active.space_changed |= up != self.up;
         self.up = up;
@@ -377,7 +359,6 @@ impl VirtioDevice for Net {
         let State { used } = unwrap("virtio-net", VERSION, saved)?;
         ensure!((1..=self.pairs.len()).contains(&used), "virtio-net: {used} pairs of queues, of {}", self.pairs.len());
         self.used = used;
-        self.pairs.iter_mut().for_each(|pair| pair.held = 0);
         Ok(())
     }
 }

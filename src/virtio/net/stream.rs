@@ -6,15 +6,13 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::{Errno, FdFlags};
 
-use super::{Chain, FRAME, HEADER, Received, Sent, Wire};
+use super::{Chain, FRAME, HEADER, Sent, Wire};
 use crate::error::refuse;
-use crate::event::{Edge, Readiness};
 use crate::host::say::say;
 use crate::host::socket::{Listener, connect};
 
@@ -26,24 +24,28 @@ const LEAST: usize = 14;
 const LONGEST: usize = FRAME - HEADER;
 /// Bytes that are read ahead: many small frames, or one of the longest and a bit.
 const AHEAD: usize = 2 * (LENGTH + LONGEST);
+/// What stays free before the first of them, so that there is room for virtio's header before each frame.
+const FRONT: usize = HEADER - LENGTH;
 /// Bytes that wait for the other end, so that many frames go in one system call.
 const KEPT: usize = AHEAD;
 
-const LISTENER: u64 = 0;
-const PEER: u64 = 1;
-
 /// One end of the wire.
 pub struct Stream {
-    inside: Readiness,
-    /// What it tells of, kept so that nothing is allocated.
-    ready: Vec<u64>,
     listener: Option<Listener>,
     peer: Option<UnixStream>,
+    /// It is another than it was.
+    other: bool,
     passt: Option<Child>,
     /// What was read and not looked at yet: `[start, end)` of it.
     incoming: Vec<u8>,
     start: usize,
     end: usize,
+    /// The frame that was received and not taken: where it is, without its header.
+    frame: Option<(usize, usize)>,
+    /// All was read that was there, and what follows will be told of.
+    drained: bool,
+    /// Nothing will be told of any more: the other end has closed.
+    ended: bool,
     /// Frames that go together, and what of them the other end did not take at once: `[gone, filled)` of it.
     outgoing: Vec<u8>,
     gone: usize,
@@ -51,27 +53,22 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new(listener: Option<Listener>, peer: Option<UnixStream>, passt: Option<Child>) -> Result<Self> {
-        let inside = Readiness::new().context("epoll")?;
-        if let Some(listener) = &listener {
-            inside.watch(listener, LISTENER, Edge::Edge)?;
-        }
-        let incoming = vec![0; AHEAD];
-        let mut own = Self {
-            inside,
-            ready: Vec::new(),
+    fn new(listener: Option<Listener>, peer: Option<UnixStream>, passt: Option<Child>) -> Self {
+        Self {
             listener,
-            peer: None,
+            peer,
+            other: false,
             passt,
-            incoming,
-            start: 0,
-            end: 0,
+            incoming: vec![0; FRONT + AHEAD],
+            start: FRONT,
+            end: FRONT,
+            frame: None,
+            drained: false,
+            ended: false,
             outgoing: Vec::new(),
             gone: 0,
             filled: 0,
-        };
-        own.take(peer);
-        Ok(own)
+        }
     }
 
     /// Waits at `path` for the other end.
@@ -79,7 +76,7 @@ impl Stream {
     /// # Errors
     /// The path is not to be had.
     pub fn listen(path: &Path) -> Result<Self> {
-        Self::new(Some(Listener::new(path).context("--net")?), None, None)
+        Ok(Self::new(Some(Listener::new(path).context("--net")?), None, None))
     }
 
     /// Connects to the other end, which waits at `path`.
@@ -91,7 +88,7 @@ impl Stream {
             let hint = "start the other end first: a machine with --net socket:PATH,listen";
             refuse(format!("--net socket:{}: {e}", path.display())).hint(hint)
         })?;
-        Self::new(None, Some(socket), None)
+        Ok(Self::new(None, Some(socket), None))
     }
 
     /// Starts passt, which gives the guest an address and lets it reach what this user reaches.
@@ -113,19 +110,13 @@ impl Stream {
             }
             _ => refuse(format!("--net user: passt: {e}")),
         })?;
-        Self::new(None, Some(own), Some(child))
-    }
-
-    /// The other end is there.
-    fn take(&mut self, peer: Option<UnixStream>) {
-        // Not to be watched for want of memory is not to be there.
-        self.peer = peer.filter(|peer| self.inside.watch(peer, PEER, Edge::Both).is_ok());
+        Ok(Self::new(None, Some(own), Some(child)))
     }
 
     /// The other end is gone, or is to go; another may come.
     fn hang_up(&mut self) {
-        self.peer = None;
-        (self.start, self.end) = (0, 0);
+        (self.peer, self.frame, self.drained, self.ended) = (None, None, false, false);
+        (self.start, self.end) = (FRONT, FRONT);
         (self.gone, self.filled) = (0, 0);
         if let Some(child) = &mut self.passt {
             let _ = child.kill();
@@ -140,33 +131,37 @@ impl Stream {
         if self.peer.is_none()
             && let Some(Ok(Some(socket))) = self.listener.as_ref().map(Listener::accept)
         {
-            self.take(Some(socket));
+            (self.peer, self.other) = (Some(socket), true);
         }
     }
 
-    /// The next whole frame of what was read; the length of one that can be none.
-    fn next(&mut self) -> Result<Option<&[u8]>, usize> {
+    /// Where the next whole frame of what was read lies; the length of one that can be none.
+    fn next(&self) -> Result<Option<(usize, usize)>, usize> {
         let ahead = self.incoming.get(self.start..self.end).unwrap_or_default();
         let Some((length, rest)) = ahead.split_first_chunk::<LENGTH>() else { return Ok(None) };
         let size = u32::from_be_bytes(*length) as usize;
         if !(LEAST..=LONGEST).contains(&size) {
             return Err(size);
         }
-        if rest.len() < size {
-            return Ok(None);
-        }
         let from = self.start + LENGTH;
-        self.start = from + size;
-        Ok(self.incoming.get(from..from + size))
+        Ok((rest.len() >= size).then_some((from, from + size)))
     }
 
     /// Reads more; false where there is no more.
     fn read(&mut self) -> bool {
-        self.incoming.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
+        if self.drained {
+            return false;
+        }
+        self.incoming.copy_within(self.start..self.end, FRONT);
+        (self.start, self.end) = (FRONT, FRONT + self.end - self.start);
         let Some(peer) = &self.peer else { return false };
-        match rustix::io::read(peer, self.incoming.get_mut(self.end..).unwrap_or_default()) {
-            Ok(count @ 1..) => self.end += count,
+        let room = self.incoming.get_mut(self.end..).unwrap_or_default();
+        match rustix::io::read(peer, &mut *room) {
+            Ok(count @ 1..) => {
+                // Less than there was room for was all.
+                self.drained = count < room.len() && !self.ended;
+                self.end += count;
+            }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return false,
             Ok(_) | Err(_) => self.hang_up(),
@@ -193,36 +188,37 @@ impl Stream {
 
 impl Wire for Stream {
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.inside.as_fd()]
+        let listener = self.listener.iter().map(Listener::as_fd);
+        listener.chain(self.peer.iter().map(UnixStream::as_fd)).collect()
     }
 
     fn offers(&self) -> u64 {
         0
     }
 
-    fn begin(&mut self, _features: u64, _pairs: usize) {}
-
-    fn wake(&mut self) {
-        // What is ready will be found so; the events are only taken.
-        let _ = self.inside.wait(Some(Duration::ZERO), &mut self.ready);
-        self.welcome();
-        self.flush();
+    fn begin(&mut self, _features: u64, _pairs: usize) {
+        self.drained = false;
     }
 
-    fn receive(&mut self, _pair: usize, frame: &mut [u8]) -> Received {
-        loop {
+    fn wake(&mut self, _source: usize, ended: bool) -> usize {
+        self.drained = false;
+        self.ended |= ended;
+        self.welcome();
+        self.flush();
+        0
+    }
+
+    fn has_other_sources(&mut self) -> bool {
+        std::mem::take(&mut self.other)
+    }
+
+    fn receive(&mut self, _pair: usize) -> Option<&mut [u8]> {
+        while self.frame.is_none() {
             match self.next() {
-                Ok(Some(bytes)) => {
-                    let size = HEADER + bytes.len();
-                    let places = frame.get_mut(..size).and_then(|frame| frame.split_at_mut_checked(HEADER));
-                    let Some((header, place)) = places else { return Received::Frame(0) };
-                    header.fill(0);
-                    place.copy_from_slice(bytes);
-                    return Received::Frame(size);
-                }
+                Ok(Some((from, to))) => (self.frame, self.start) = (Some((from, to)), to),
                 Ok(None) => {
                     if !self.read() {
-                        return Received::Nothing;
+                        return None;
                     }
                 }
                 Err(size) => {
@@ -231,6 +227,16 @@ impl Wire for Stream {
                 }
             }
         }
+        let (from, to) = self.frame?;
+        // Over the length, and what lies before it: frames that were taken.
+        let frame = self.incoming.get_mut(from - HEADER..to)?;
+        frame.iter_mut().take(HEADER).for_each(|byte| *byte = 0);
+        Some(frame)
+    }
+
+    fn taken(&mut self, _pair: usize) -> bool {
+        self.frame = None;
+        !(self.drained && self.next() == Ok(None))
     }
 
     fn send(&mut self, _pair: usize, chain: &mut Chain) -> Sent {

@@ -7,7 +7,7 @@ use anyhow::Result;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 
-use super::{Chain, FRAME, Received, Sent, Wire, feature};
+use super::{Chain, FRAME, Sent, Wire, feature};
 use crate::error::{Refusal, refuse};
 use crate::host::sys::tap::{self, offload};
 
@@ -30,9 +30,18 @@ enum State {
     Gone,
 }
 
+/// One of its queues.
+struct Queue {
+    fd: OwnedFd,
+    attached: bool,
+    /// The frame that was read and not taken: its first bytes are in the buffer.
+    held: usize,
+    buffer: Vec<u8>,
+}
+
 /// The interface.
 pub struct Tap {
-    queues: Vec<(OwnedFd, bool)>,
+    queues: Vec<Queue>,
     offers: u64,
     state: State,
     /// A frame in one piece.
@@ -55,7 +64,7 @@ impl Tap {
         if rustix::net::netdevice::name_to_index(probe()?, name).is_err() {
             return Err(fail(&"there is no such interface").hint(make).into());
         }
-        let open = |_| tap::open(name, queues > 1).map(|fd| (fd, true));
+        let open = |_| tap::open(name, queues > 1).map(|fd| Queue { fd, attached: true, held: 0, buffer: Vec::new() });
         let queues: Vec<_> = (0..queues).map(open).collect::<Result<_, _>>().map_err(|e| {
             let hint = match Errno::from_io_error(&e) {
                 Some(Errno::BUSY) => "another machine has it; each wants its own".into(),
@@ -66,7 +75,7 @@ impl Tap {
             fail(&e).hint(hint)
         })?;
         let all = OFFLOADS.iter().fold(0, |all, (_, bit)| all | bit);
-        let able = queues.first().is_some_and(|(fd, _)| tap::set_offloads(fd, all).is_ok());
+        let able = queues.first().is_some_and(|queue| tap::set_offloads(&queue.fd, all).is_ok());
         let offers = if able { OFFLOADS.iter().fold(HOST, |all, (bit, _)| all | bit) } else { 0 };
         Ok(Self { queues, offers, state: State::Up, frame: Vec::new() })
     }
@@ -89,7 +98,7 @@ fn probe() -> Result<OwnedFd> {
 
 impl Wire for Tap {
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        self.queues.iter().map(|(fd, _)| fd.as_fd()).collect()
+        self.queues.iter().map(|queue| queue.fd.as_fd()).collect()
     }
 
     fn offers(&self) -> u64 {
@@ -98,43 +107,54 @@ impl Wire for Tap {
 
     fn begin(&mut self, features: u64, pairs: usize) {
         let wanted = OFFLOADS.iter().filter(|(bit, _)| features & bit != 0).fold(0, |all, (_, bit)| all | bit);
-        if let Some((fd, _)) = self.queues.first() {
-            let _ = tap::set_offloads(fd, wanted);
+        if let Some(queue) = self.queues.first() {
+            let _ = tap::set_offloads(&queue.fd, wanted);
         }
-        for (at, (fd, attached)) in self.queues.iter_mut().enumerate() {
+        for (at, queue) in self.queues.iter_mut().enumerate() {
             let on = at < pairs.max(1);
-            if on != *attached && tap::attach(fd, on).is_ok() {
-                *attached = on;
+            if on != queue.attached && tap::attach(&queue.fd, on).is_ok() {
+                queue.attached = on;
             }
+            // It may be as this driver does not want it.
+            queue.held = 0;
         }
     }
 
-    fn wake(&mut self) {
+    fn wake(&mut self, source: usize, _ended: bool) -> usize {
         // It says so when it is switched on; whether it was, the next frame shows.
         if self.state == State::Down {
             self.state = State::Up;
         }
+        source
     }
 
-    fn receive(&mut self, pair: usize, frame: &mut [u8]) -> Received {
-        let Some((fd, _)) = self.queues.get(pair).filter(|_| self.state != State::Gone) else {
-            return Received::Nothing;
-        };
-        match rustix::io::read(fd, frame) {
-            Ok(size) => Received::Frame(size),
-            Err(Errno::INTR) => Received::Frame(0),
-            Err(error) => {
-                self.note(error);
-                Received::Nothing
+    fn receive(&mut self, pair: usize) -> Option<&mut [u8]> {
+        let queue = self.queues.get_mut(pair).filter(|_| self.state != State::Gone)?;
+        queue.buffer.resize(FRAME, 0);
+        while queue.held == 0 {
+            match rustix::io::read(&queue.fd, &mut queue.buffer) {
+                Ok(0) => return None,
+                Ok(size) => queue.held = size,
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    self.note(error);
+                    return None;
+                }
             }
         }
+        self.queues.get_mut(pair).and_then(|queue| queue.buffer.get_mut(..queue.held))
+    }
+
+    fn taken(&mut self, pair: usize) -> bool {
+        self.queues.get_mut(pair).into_iter().for_each(|queue| queue.held = 0);
+        true
     }
 
     fn send(&mut self, pair: usize, chain: &mut Chain) -> Sent {
-        let Some((fd, _)) = self.queues.get(pair).filter(|_| self.state == State::Up) else { return Sent::Gone };
+        let Some(queue) = self.queues.get(pair).filter(|_| self.state == State::Up) else { return Sent::Gone };
         self.frame.resize(FRAME, 0);
         let size = chain.read(&mut self.frame);
-        match rustix::io::write(fd, self.frame.get(..size).unwrap_or_default()) {
+        match rustix::io::write(&queue.fd, self.frame.get(..size).unwrap_or_default()) {
             Ok(_) => Sent::Gone,
             Err(Errno::AGAIN) => Sent::Later,
             // No memory, or a header that makes no sense: a frame may be lost.

@@ -26,9 +26,9 @@ struct Ends {
     begun: Vec<(u64, usize)>,
 }
 
-/// A wire of the test's own.
+/// A wire of the test's own, and the frame that was not taken yet.
 #[derive(Clone, Default)]
-struct Fake(Arc<Mutex<Ends>>);
+struct Fake(Arc<Mutex<Ends>>, Vec<u8>);
 
 impl Wire for Fake {
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
@@ -43,13 +43,20 @@ impl Wire for Fake {
         self.0.lock().unwrap().begun.push((features, pairs));
     }
 
-    fn wake(&mut self) {}
+    fn wake(&mut self, source: usize, _ended: bool) -> usize {
+        source
+    }
 
-    fn receive(&mut self, _pair: usize, frame: &mut [u8]) -> Received {
-        let Some(next) = self.0.lock().unwrap().to_guest.pop_front() else { return Received::Nothing };
-        frame[..HEADER].fill(0xcc);
-        frame[HEADER..HEADER + next.len()].copy_from_slice(&next);
-        Received::Frame(HEADER + next.len())
+    fn receive(&mut self, _pair: usize) -> Option<&mut [u8]> {
+        if self.1.is_empty() {
+            self.1 = [vec![0xcc; HEADER], self.0.lock().unwrap().to_guest.pop_front()?].concat();
+        }
+        Some(&mut self.1)
+    }
+
+    fn taken(&mut self, _pair: usize) -> bool {
+        self.1.clear();
+        true
     }
 
     fn send(&mut self, pair: usize, chain: &mut Chain) -> Sent {
@@ -218,6 +225,26 @@ fn two_cards_are_joined_by_a_socket() {
     let _next = UnixStream::connect(&path).unwrap();
     left.wake(Wake::Source(0));
     assert_eq!(left.device.space()[6], 1);
+}
+
+#[test]
+fn p39_a_peer_that_leaves_is_missed_once_all_that_it_said_was_heard() {
+    let (_folder, path, mut rig) = listening();
+    (0..6).for_each(|_| _ = rig.drivers[RX].add(&[], &[2048]));
+    // It leaves before anybody looks, or after: then there is another event.
+    for (event, up) in [(Wake::Ended(1), 0), (Wake::Source(1), 1)] {
+        let mut peer = UnixStream::connect(&path).unwrap();
+        rig.wake(Wake::Source(0));
+        assert!(rig.device.space()[6] == 1 && std::mem::take(&mut rig.active.sources_changed));
+        peer.write_all(&[wrapped(&frame(60)), wrapped(&frame(70))].concat()).unwrap();
+        let kept = (up == 1).then_some(peer);
+        rig.wake(event);
+        let got: Vec<_> = used(&mut rig, RX).iter().map(|frame| frame.len() - HEADER).collect();
+        assert_eq!((got, rig.device.space()[6]), (vec![60, 70], up));
+        drop(kept);
+        rig.wake(Wake::Ended(1));
+        assert_eq!(rig.device.space()[6], 0);
+    }
 }
 
 #[test]

@@ -216,12 +216,7 @@ fn p21_any_driver_finds_the_same_bytes_as_with_the_reference() {
         memory.write(0, &vec![0xc5; SMALL]).unwrap();
         memory.write(ring.descriptors, &vec![0; 16 * usize::from(ring.size)]).unwrap();
         memory.write(ring.available, &[[0, 0], ring.next_available.to_le_bytes()].concat()).unwrap();
-        let mut active = Active {
-            queues: vec![Queue::new(&memory, ring, [event_idx, true], Arc::<TestWire>::default())],
-            features: 0,
-            space_changed: false,
-            moved: false,
-        };
+        let mut active = Active::new(vec![Queue::new(&memory, ring, [event_idx, true], Arc::<TestWire>::default())], 0);
         let mut echo = Echo::default();
         let mut reference = Reference { ram: contents(&memory), ring, event_idx, quiet: true, broken: false };
         for act in acts {

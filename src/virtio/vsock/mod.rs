@@ -507,7 +507,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn service(&mut self, wake: Wake, active: &mut Active) {
-        if matches!(wake, Wake::Source(_) | Wake::Start) {
+        if !matches!(wake, Wake::Queue(_)) {
             self.hear();
         }
         let [rx, tx, events] = active.queues.as_mut_slice() else { return };

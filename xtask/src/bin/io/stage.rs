@@ -40,7 +40,7 @@ impl Stage {
         let line = Arc::new(Line { count: AtomicU64::new(0), bell: interrupt.clone() });
         let queues = drivers.iter().map(|driver| driver.queue(line.clone())).collect();
         let ours = feature::EVENT_IDX | feature::INDIRECT_DESC | feature::VERSION_1;
-        let active = Active { queues, features: device.features() | ours, space_changed: false, moved: false };
+        let active = Active::new(queues, device.features() | ours);
         let place = match interrupt {
             None => Place::Alone(device, active),
             Some(interrupt) => {

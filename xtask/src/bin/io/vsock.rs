@@ -18,8 +18,8 @@ const HEADER: usize = 44;
 /// Bytes of a packet: out, and in, which is what Linux has buffers for.
 pub const OUT: usize = 2048;
 pub const IN: usize = 4096;
-/// What the device says that it keeps.
-const CREDIT: u64 = 64 << 10;
+/// What the other end takes or gives at once.
+const PIECE: usize = 128 << 10;
 /// The ports: the guest's, the host's.
 const PORTS: (u32, u32) = (1000, 7);
 
@@ -34,7 +34,9 @@ pub struct Sockets {
     peer: UnixStream,
     room: Vec<u8>,
     out: bool,
-    /// Bytes sent to the device, how many of them it says that it has passed on, and those that came from it.
+    /// Bytes that the device says that it keeps, those sent to it, how many of them it says that it has passed on, and those
+    /// that came from it.
+    credit: u64,
     sent: u64,
     passed: u64,
     came: u64,
@@ -54,8 +56,8 @@ impl Sockets {
         }
         // Any socket will do until the connection is there.
         let (nobody, _) = UnixStream::pair()?;
-        let room = vec![3; 2 * CREDIT as usize];
-        let mut own = Self { stage, peer: nobody, room, out, sent: 0, passed: 0, came: 0, told: 0 };
+        let room = vec![3; PIECE];
+        let mut own = Self { stage, peer: nobody, room, out, credit: 0, sent: 0, passed: 0, came: 0, told: 0 };
         own.offer()?;
         own.say(REQUEST)?;
         own.stage.kick(TX);
@@ -106,6 +108,7 @@ impl Sockets {
             let op = u16::from_le_bytes(driver.get(slot, 30));
             ensure!([RESPONSE, RW, CREDIT_UPDATE].contains(&op), "the device says {op}");
             self.came += u64::from(size) - HEADER as u64;
+            self.credit = u32::from_le_bytes(driver.get(slot, 36)).into();
             // The count has 32 bits, and never goes back.
             let passed = u32::from_le_bytes(driver.get(slot, 40));
             self.passed += u64::from(passed.wrapping_sub(self.passed as u32));
@@ -121,7 +124,7 @@ impl Sockets {
     fn send(&mut self, requests: u64) -> Result<()> {
         let (mut left, mut bytes) = (requests, 0);
         while bytes < requests * OUT as u64 {
-            while left > 0 && self.sent + (OUT as u64) - self.passed <= CREDIT && self.say(RW)? {
+            while left > 0 && self.sent + (OUT as u64) - self.passed <= self.credit && self.say(RW)? {
                 self.sent += OUT as u64;
                 left -= 1;
             }
