@@ -35,7 +35,7 @@ fn main() -> anyhow::Result<()> {
     let mut machine = machine::build(&config, &streams)?;
     machine.boot(&guest)?;
     let (machine, _) = run(machine, &config, &mut streams)?;
-    let target = Target { path: folder.path().join("snapshot"), keep: false };
+    let target = Target { path: folder.path().join("snapshot"), keep: false, disks: None };
     let taken = Taken::new("counts", config.of_a_snapshot(), machine.save()?)?;
     taken.write(Moment::still(machine.memory()), &target, &AtomicBool::new(false))?;
 

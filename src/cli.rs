@@ -16,6 +16,7 @@ use crate::config::{Config, Seconds, Size, Words as Text};
 use crate::error::usage;
 use crate::load::{self, Image};
 use crate::snapshot::{How, Manifest, NOTED, Verify};
+use crate::virtio::block;
 
 /// What a person asked for.
 #[derive(Debug, Clone)]
@@ -49,7 +50,7 @@ pub enum Command {
     /// Has it go on.
     Resume(String),
     /// Writes a snapshot of a machine; whether only what has changed since the last one.
-    Snapshot(String, PathBuf, bool),
+    Snapshot(String, PathBuf, bool, Option<PathBuf>),
     /// Makes one snapshot of the first and the differences that follow it.
     Merge(PathBuf, Vec<PathBuf>, PathBuf),
     /// Goes on with the machine of a snapshot.
@@ -216,7 +217,7 @@ enum Verb {
         args_conflicts_with_subcommands = true,
         subcommand_negates_reqs = true,
         disable_help_subcommand = true,
-        after_help = "It stands still for a moment; how long is printed.\nExamples: bantam snapshot web /var/tmp/web.snapshot\n          bantam snapshot web /var/tmp/web.1 --diff\n          bantam snapshot merge /var/tmp/web.snapshot /var/tmp/web.1 /var/tmp/web.now\n          bantam snapshot -- merge FOLDER (of a machine that is called merge)"
+        after_help = "It stands still for a moment; how long is printed.\nExamples: bantam snapshot web /var/tmp/web.snapshot\n          bantam snapshot web /var/tmp/web.1 --diff\n          bantam snapshot web /var/tmp/web.2 --disks /var/tmp/web.2.disks\n          bantam snapshot merge /var/tmp/web.snapshot /var/tmp/web.1 /var/tmp/web.now\n          bantam snapshot -- merge FOLDER (of a machine that is called merge)"
     )]
     Snapshot {
         #[command(subcommand)]
@@ -230,6 +231,9 @@ enum Verb {
         /// Write only what has changed since the last snapshot of this machine, or since the one that it came of
         #[arg(long)]
         diff: bool,
+        /// Copy the disks that it writes to into this folder, as they are at that moment: to FOLDER/0, FOLDER/1 and so on
+        #[arg(long, value_name = "FOLDER")]
+        disks: Option<PathBuf>,
     },
     Restore(Restore),
     Clone(Clone),
@@ -430,7 +434,9 @@ fn other(matches: &ArgMatches) -> Result<Command> {
         Verb::Snapshot { merge: Some(Merge::Merge { base, differences, into }), .. } => {
             Command::Merge(base, differences, into)
         }
-        Verb::Snapshot { name: Some(name), folder: Some(folder), diff, .. } => Command::Snapshot(name, folder, diff),
+        Verb::Snapshot { name: Some(name), folder: Some(folder), diff, disks, .. } => {
+            Command::Snapshot(name, folder, diff, disks)
+        }
         Verb::Snapshot { .. } => return Err(usage("no machine is named").into()),
         Verb::Balloon { name, size } => Command::Balloon(name, size),
         Verb::Completions { shell } => {
@@ -460,6 +466,9 @@ fn how(words: &ArgMatches) -> Result<How> {
 fn of_snapshot(manifest: &Manifest, words: &ArgMatches) -> Result<Config> {
     let mut config = config(manifest.config.clone(), words)?;
     config.connect(&manifest.config)?;
+    for (words, had) in config.disk.iter_mut().zip(&manifest.config.disk).filter(|(words, had)| words != had) {
+        *words = in_place_of(had, words)?;
+    }
     load::check(&config)?;
     match config.differs_from(&manifest.config) {
         Some(name) => {
@@ -471,12 +480,25 @@ fn of_snapshot(manifest: &Manifest, words: &ArgMatches) -> Result<Config> {
 }
 
 impl Cloning {
-    /// The configuration of each clone of a snapshot, in the order of their numbers.
+    /// Each clone writes to disks, so that they need those of a machine that goes on as they were.
+    pub fn copies_disks(&self) -> bool {
+        self.disks != DiskMode::ShareRo
+    }
+
+    /// The configuration of each clone of a snapshot, in the order of their numbers. `copies` are those that were made of its
+    /// disks: the number of each, and a descriptor of this process.
     ///
     /// # Errors
     /// The options make no sense for a machine of this snapshot.
-    pub fn configs(&self, manifest: &Manifest) -> Result<Vec<Config>> {
+    pub fn configs(&self, manifest: &Manifest, copies: &[(usize, i32)]) -> Result<Vec<Config>> {
         let mut config = of_snapshot(manifest, &self.words)?;
+        for (number, fd) in copies {
+            let had = manifest.config.disk.get(*number);
+            if let Some(words) = config.disk.get_mut(*number).filter(|words| Some(&**words) == had) {
+                let copy = Text::join(&format!("/proc/self/fd/{fd}"), words.split().1);
+                *words = in_place_of(words, &copy)?;
+            }
+        }
         for words in &mut config.disk {
             let mut taken = words.take("--disk");
             if taken.flag("ro")? || taken.flag("overlay")? || taken.flag("copy")? {
@@ -506,6 +528,17 @@ impl Cloning {
             }
         }
         Ok((1..=self.count).map(|number| config.numbered(number)).collect())
+    }
+}
+
+/// A disk in the place of another, under the serial number that the guest knows that one by; of a file that is gone nobody can say.
+fn in_place_of(had: &Text, words: &Text) -> Result<Text> {
+    let serial = |words: &Text| words.take("--disk").value::<String>("serial");
+    let own = || block::serial(Path::new(&had.split().0)).ok();
+    let (path, rest) = words.split();
+    match (serial(words)?, serial(had)?.or_else(own)) {
+        (None, Some(serial)) => Ok(Text::join(&path, &format!("{rest},serial={serial}"))),
+        _ => Ok(words.clone()),
     }
 }
 
@@ -608,6 +641,19 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_in_the_place_of_another_keeps_its_serial_number() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let words = |text: &str| text.parse::<Text>().unwrap();
+        let had = words(&format!("{},queues=2", file.path().display()));
+        let own = block::serial(file.path()).unwrap();
+        let new = |had: &Text, text: &str| in_place_of(had, &words(text)).unwrap().to_string();
+        assert_eq!(new(&had, "/new,ro"), format!("/new,ro,serial={own}"));
+        assert_eq!(new(&had, "/new,serial=b"), "/new,serial=b");
+        assert_eq!(new(&words("/gone,serial=a"), "/new"), "/new,serial=a");
+        assert_eq!(new(&words("/gone"), "/new"), "/new");
+    }
+
+    #[test]
     fn the_contract_parses() {
         let config = run(
             "run g --memory 1M --cpus 2 --load-at 0x2000 --entry 0x100:2 --cpu-mode long --reg rax=2 --reg rbx=0x3 \
@@ -666,9 +712,11 @@ mod tests {
 
     #[test]
     fn a_snapshot_is_written_and_merged() {
-        assert!(matches!(words("snapshot web f").unwrap(), Command::Snapshot(name, _, false) if name == "web"));
-        assert!(matches!(words("snapshot web f --diff").unwrap(), Command::Snapshot(_, _, true)));
-        assert!(matches!(words("snapshot -- merge f").unwrap(), Command::Snapshot(name, _, false) if name == "merge"));
+        assert!(matches!(words("snapshot web f").unwrap(), Command::Snapshot(name, _, false, None) if name == "web"));
+        assert!(matches!(words("snapshot web f --diff").unwrap(), Command::Snapshot(_, _, true, None)));
+        assert!(
+            matches!(words("snapshot -- merge f").unwrap(), Command::Snapshot(name, _, false, None) if name == "merge")
+        );
         let Command::Merge(base, differences, into) = words("snapshot merge a b c d").unwrap() else { panic!() };
         assert_eq!((base, differences, into), ("a".into(), vec!["b".into(), "c".into()], "d".into()));
         for text in ["snapshot", "snapshot web", "snapshot merge a b", "snapshot merge a b c --diff"] {

@@ -1,5 +1,7 @@
 //! The command: words → configuration → machine → exit status.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -50,9 +52,9 @@ fn carry_out() -> Result<u8> {
         Command::Stop(name) => top::stop(&name),
         Command::Pause(name) => top::ask(&name, &Request::Pause {}),
         Command::Resume(name) => top::ask(&name, &Request::Resume {}),
-        Command::Snapshot(name, folder, diff) => top::snapshot(&name, &folder, diff),
+        Command::Snapshot(name, folder, diff, disks) => top::snapshot(&name, &folder, diff, disks.as_deref()),
         Command::Merge(first, differences, into) => {
-            let made = snapshot::merge(&first, &differences, &Target { path: into, keep: true })?;
+            let made = snapshot::merge(&first, &differences, &Target { path: into, keep: true, disks: None })?;
             print(made.to_string().as_bytes())
         }
         Command::Restore(folder, manifest, how, config) => {
@@ -76,7 +78,7 @@ fn carry_out() -> Result<u8> {
 fn clone(cloning: &Cloning) -> Result<u8> {
     let folder = Path::new(&cloning.of);
     if folder.is_dir() {
-        return clone_from(folder, cloning, |_| Ok(()));
+        return clone_from(folder, cloning, &[], |_| Ok(()));
     }
     if cloning.of.contains('/') {
         return Err(refuse(format!("{}: there is no such folder, and no machine has such a name", cloning.of)).into());
@@ -86,18 +88,42 @@ fn clone(cloning: &Cloning) -> Result<u8> {
         .into_iter()
         .try_for_each(host::sys::hold)?;
     let place = tempfile::Builder::new().prefix("bantam-clone-").tempdir().context("a folder for what is cloned")?;
-    let folder = place.path().join("snapshot");
-    top::hand_over(&cloning.of, &folder)?;
+    let (folder, disks) = (place.path().join("snapshot"), place.path().join("disks"));
+    std::fs::create_dir(&disks).context("a folder for copies of disks")?;
+    let stood = top::hand_over(&cloning.of, &folder, cloning.copies_disks().then_some(&disks))?;
+    let copies = copies(&disks)?;
+    if !copies.is_empty() {
+        let (count, name) = (copies.len(), &cloning.of);
+        say(&format!("bantam: {name} stood still for {stood:.1?}, until {count} of its disks were copied"));
+    }
     // The clones keep what they need of it.
-    clone_from(&folder, cloning, |snapshot| {
+    clone_from(&folder, cloning, &copies, |snapshot| {
         snapshot.passes();
         place.close().context("the folder of what was cloned")
     })
 }
 
-fn clone_from(folder: &Path, cloning: &Cloning, opened: impl FnOnce(&mut Snapshot) -> Result<()>) -> Result<u8> {
+/// The copies of disks in a folder, each with its number, open for as long as this process and its children live.
+fn copies(folder: &Path) -> Result<Vec<(usize, File)>> {
+    let mut all = Vec::new();
+    for entry in folder.read_dir().context("copies of disks")? {
+        let path = entry.context("copies of disks")?.path();
+        if let Some(number) = path.file_name().and_then(|name| name.to_str()?.parse().ok()) {
+            all.push((number, File::open(&path).with_context(|| path.display().to_string())?));
+        }
+    }
+    Ok(all)
+}
+
+fn clone_from(
+    folder: &Path,
+    cloning: &Cloning,
+    copies: &[(usize, File)],
+    opened: impl FnOnce(&mut Snapshot) -> Result<()>,
+) -> Result<u8> {
     let manifest = Manifest::open(folder)?;
-    let configs = cloning.configs(&manifest)?;
+    let copies: Vec<_> = copies.iter().map(|(number, file)| (*number, file.as_raw_fd())).collect();
+    let configs = cloning.configs(&manifest, &copies)?;
     configs.iter().try_for_each(machine::hold_signal)?;
     let mut snapshot = Snapshot::of(folder, manifest, cloning.how)?;
     configs.iter().try_for_each(|config| snapshot.check_disks(config))?;

@@ -92,21 +92,28 @@ pub fn ask(name: &str, request: &Request) -> Result<u8> {
 ///
 /// # Errors
 /// There is no such machine, or it cannot: the folder is there already, or cannot be written, or there was none before.
-pub fn snapshot(name: &str, folder: &Path, diff: bool) -> Result<u8> {
-    let path = std::path::absolute(folder).with_context(|| folder.display().to_string())?;
-    let told = control::ask(name, &Request::Snapshot { path, keep: true, diff })?;
+pub fn snapshot(name: &str, folder: &Path, diff: bool, disks: Option<&Path>) -> Result<u8> {
+    let whole = |path: &Path| std::path::absolute(path).with_context(|| path.display().to_string());
+    if let Some(disks) = disks.filter(|disks| !disks.exists()) {
+        std::fs::create_dir(disks).with_context(|| disks.display().to_string())?;
+    }
+    let (path, disks) = (whole(folder)?, disks.map(whole).transpose()?);
+    let told = control::ask(name, &Request::Snapshot { path, keep: true, diff, disks })?;
     let (memory, seconds) = (told["memory"].as_u64().unwrap_or(0), told["seconds"].as_f64().unwrap_or(0.0));
     let why = told["copied"].as_str().map(|why| format!(", until all was written ({})", printable(why)));
     let why = why.unwrap_or_default();
     print(format!("{} of RAM; the machine stood still for {:.1} ms{why}\n", Size(memory), seconds * 1e3).as_bytes())
 }
 
-/// Has a machine write a snapshot of itself that nobody is to keep.
+/// Has a machine write a snapshot of itself that nobody is to keep, and copies of the disks that it writes to if there is a
+/// folder for those; gives how long it stood still.
 ///
 /// # Errors
 /// There is no such machine, or it cannot.
-pub fn hand_over(name: &str, folder: &Path) -> Result<()> {
-    control::ask(name, &Request::Snapshot { path: folder.to_owned(), keep: false, diff: false }).map(drop)
+pub fn hand_over(name: &str, folder: &Path, disks: Option<&Path>) -> Result<Duration> {
+    let (path, disks) = (folder.to_owned(), disks.map(Path::to_owned));
+    let told = control::ask(name, &Request::Snapshot { path, keep: false, diff: false, disks })?;
+    Ok(Duration::try_from_secs_f64(told["seconds"].as_f64().unwrap_or(0.0)).unwrap_or_default())
 }
 
 /// How long a guest gets until what its balloon holds is shown, and how often it is looked at meanwhile.

@@ -123,6 +123,58 @@ fn a_machine_that_writes_to_an_overlay_has_no_snapshots() {
     }
 }
 
+/// Its clones have what was there when they were made, whatever it writes afterwards.
+#[test]
+fn a_machine_that_writes_to_a_disk_is_cloned_with_it() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let (disk, shared) = (place.path("disk"), place.path("shared"));
+    std::fs::write(&disk, vec![1; 1 << 16]).unwrap();
+    std::fs::write(&shared, vec![5; 1 << 16]).unwrap();
+    let words = format!("--disk {},ro --disk {} --irqchip kernel", shared.display(), disk.display());
+    let started = place.counter(&guest, &words);
+    for mode in ["", "--disk-mode copy"] {
+        std::fs::write(&disk, vec![1; 1 << 16]).unwrap();
+        let words = format!("--count 2 {mode} --name c --serial file:{}", place.path("{}").display());
+        let own = place.0.path().to_str().unwrap();
+        let clones = place.clone(Path::new("one"), &words).env("TMPDIR", own).start();
+        ["1", "2"].iter().for_each(|out| grows(&place.path(out), 10));
+        std::fs::write(&disk, vec![2; 1 << 16]).unwrap();
+        // Of the one that is read only there is no copy, and of the other one has no name.
+        let copies = deleted(clones.pid());
+        assert!(!copies.is_empty() && copies.iter().all(|copy| *copy == [1; 1 << 16]), "{}", copies.len());
+        clones.signal("TERM");
+        clones.wait().expect(143).said("one stood still for").said("until 1 of its disks were copied");
+        ["1", "2"].iter().for_each(|out| std::fs::remove_file(place.path(out)).unwrap());
+        assert!(!std::fs::read_dir(place.0.path()).unwrap().any(|entry| {
+            let name = entry.unwrap().file_name();
+            name.to_string_lossy().starts_with("bantam-clone-")
+        }));
+    }
+    place.clone(Path::new("one"), "--disk-mode share-ro").run().refused(2).said("the machine writes to");
+    // So has a snapshot, if it is asked to.
+    let (folder, copies) = (place.path("folder"), place.path("copies"));
+    place.run("snapshot one").arg(&folder).words("--disks").arg(&copies).run().expect(0);
+    std::fs::write(&disk, vec![3; 1 << 16]).unwrap();
+    assert!(std::fs::read(copies.join("1")).unwrap() == [2; 1 << 16] && !copies.join("0").exists());
+    place.run("snapshot one").arg(place.path("again")).words("--disks").arg(&copies).run().refused(125).said("exists");
+    let exchanged = format!("--disk {}={} --serial none --max-exits 50", disk.display(), copies.join("1").display());
+    place.run("restore").arg(&folder).words(&exchanged).run().expect(124);
+    grows(&place.path("out"), size(&place.path("out")));
+    place.tell("stop one");
+    started.wait().expect(143);
+}
+
+/// What is in the files without a name, of disks, that a process has.
+fn deleted(pid: i32) -> Vec<Vec<u8>> {
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let name = |fd: &Path| std::fs::read_link(fd).unwrap_or_default().display().to_string();
+    let copies = open.filter(|fd| name(fd).contains("/disks/") && name(fd).ends_with("(deleted)"));
+    copies.map(|copy| std::fs::read(copy).unwrap()).collect()
+}
+
 /// Whoever asks for what, and when: each gets one answer, and the machine goes on.
 #[test]
 fn p34_those_who_pause_and_those_who_keep_a_machine_do_not_meet() {

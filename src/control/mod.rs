@@ -66,6 +66,10 @@ pub enum Request {
         /// Only what has changed since the last one that was kept.
         #[serde(default)]
         diff: bool,
+        /// A folder that is there, for copies of the disks that it writes to, as they are at that moment: each is named by its
+        /// number, from 0 on.
+        #[serde(default)]
+        disks: Option<PathBuf>,
     },
 }
 
@@ -301,9 +305,9 @@ mod tests {
         assert_eq!(read(r#"{"stats":{"start":true}}"#), Some(Request::Stats { start: true }));
         assert_eq!(read(r#"{"balloon":{}}"#), Some(Request::Balloon { size: None }));
         assert_eq!(read(r#"{"balloon":{"size":4096}}"#), Some(Request::Balloon { size: Some(4096) }));
-        let whole = Request::Snapshot { path: "/a".into(), keep: true, diff: false };
+        let whole = Request::Snapshot { path: "/a".into(), keep: true, diff: false, disks: None };
         assert_eq!(read(r#"{"snapshot":{"path":"/a"}}"#), Some(whole));
-        let diff = Request::Snapshot { path: "/a".into(), keep: false, diff: true };
+        let diff = Request::Snapshot { path: "/a".into(), keep: false, diff: true, disks: None };
         assert_eq!(read(r#"{"snapshot":{"path":"/a","keep":false,"diff":true}}"#), Some(diff));
         let deep = "[".repeat(50_000);
         for bad in ["", "{}", "null", r#"{"ping":{},"stats":{}}"#, r#"{"halt":{}}"#, r#"{"stats":{"x":1}}"#, &deep] {

@@ -260,11 +260,11 @@ fn answer(
         }
         (Request::Pause {}, _) => return be(State::Paused, info, wish),
         (Request::Resume {}, _) => return be(State::Running, info, wish),
-        (Request::Snapshot { path, keep, diff }, _) => {
-            if !path.is_absolute() {
+        (Request::Snapshot { path, keep, diff, disks }, _) => {
+            if !path.is_absolute() || disks.as_ref().is_some_and(|disks| !disks.is_absolute()) {
                 return Some(Err("the folder is to be named by its whole path".into()));
             }
-            wish.target = Some((Target { path, keep }, diff));
+            wish.target = Some((Target { path, keep, disks }, diff));
             return None;
         }
     };

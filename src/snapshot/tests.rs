@@ -64,7 +64,7 @@ fn state() -> State {
 }
 
 fn at(path: &Path) -> Target {
-    Target { path: path.into(), keep: true }
+    Target { path: path.into(), keep: true, disks: None }
 }
 
 fn write(target: &Target, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {

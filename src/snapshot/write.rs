@@ -17,6 +17,7 @@ use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE,
 use crate::arch;
 use crate::config::Config;
 use crate::error::refuse;
+use crate::virtio::block::{Options, copy};
 
 /// Where a snapshot is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,9 @@ pub struct Target {
     pub path: PathBuf,
     /// It is to be there after whatever happens to the host.
     pub keep: bool,
+    /// A folder that is there, for copies of the disks that the machine writes to, as they are at the moment: each is named by
+    /// its number, from 0 on.
+    pub disks: Option<PathBuf>,
 }
 
 impl Target {
@@ -95,6 +99,22 @@ impl Taken {
         }
         let disks = Disk::all(&config)?;
         Ok(Self { guest: guest.into(), config, disks, state })
+    }
+
+    /// Copies the disks that the machine writes to, while it stands still.
+    ///
+    /// # Errors
+    /// The host cannot read or write them.
+    pub fn copy_disks(&self, into: &Path) -> Result<()> {
+        for (number, words) in self.config.disk.iter().enumerate() {
+            let options = Options::parse(words)?;
+            if !options.read_only {
+                let what = || format!("copying {}", options.path.display());
+                let (from, to) = (File::open(&options.path).with_context(what)?, make(&into.join(number.to_string()))?);
+                copy(&from, &to).with_context(what)?;
+            }
+        }
+        Ok(())
     }
 
     /// Writes it to a folder that is not there yet.

@@ -24,7 +24,7 @@ impl Chain {
 
     /// Writes what the machine is now, since `base`.
     fn write(&self, name: &str, base: Option<Base>) -> Result<Written> {
-        let (target, never) = (Target { path: self.path(name), keep: false }, AtomicBool::new(false));
+        let (target, never) = (Target { path: self.path(name), keep: false, disks: None }, AtomicBool::new(false));
         let taken = Taken::new("guest", Config::default(), State { at: self.at, ..state() })?;
         taken.write(Moment::still(&self.memory).since(base), &target, &never)
     }
@@ -47,7 +47,7 @@ impl Chain {
     fn merge(&self, names: &[&str], into: &str) -> Result<Manifest> {
         let [first, rest @ ..] = names else { panic!("nothing to merge") };
         let rest: Vec<_> = rest.iter().map(|name| self.path(name)).collect();
-        merge(&self.path(first), &rest, &Target { path: self.path(into), keep: false })
+        merge(&self.path(first), &rest, &Target { path: self.path(into), keep: false, disks: None })
     }
 
     fn blocks(&self, name: &str) -> Vec<(u64, Xxh64)> {
@@ -181,7 +181,7 @@ fn what_does_not_follow_is_refused() {
     assert_eq!(std::fs::read_dir(other.folder.path()).unwrap().count(), 0);
     let taken = Taken::new("guest", Config::default(), state()).unwrap();
     let base = Base { bytes: BLOCK, blocks: std::sync::Arc::default(), ..chain.base.clone().unwrap() };
-    let target = Target { path: chain.path("four"), keep: false };
+    let target = Target { path: chain.path("four"), keep: false, disks: None };
     taken.write(Moment::still(&other.memory).since(Some(base)), &target, &AtomicBool::new(false)).unwrap();
     std::fs::rename(chain.path("two.partial"), chain.path("two")).unwrap();
     chain.refused(&["one", "two", "three", "four"], "four: it has not as much RAM as");

@@ -133,7 +133,7 @@ impl Options {
         let read_only = self.read_only;
         let mut medium = Medium { capacity, read_only, block: SECTOR as u32, serial: id };
         let file = match self.own {
-            Some(Own::Copy) => copy(&file, capacity, &self.path).map_err(|e| say(format!("cannot copy it: {e}")))?,
+            Some(Own::Copy) => nameless(&file, &self.path).map_err(|e| say(format!("cannot copy it: {e}")))?,
             _ => file,
         };
         if self.format == Some(Format::Qcow2) {
@@ -205,14 +205,28 @@ pub fn open(path: &Path, read_only: bool) -> Result<File> {
 
 /// A copy of a file that has no name, so that it ends with this process. A file system that can has both share what they
 /// have in common.
-fn copy(file: &File, size: u64, path: &Path) -> std::io::Result<File> {
+fn nameless(file: &File, path: &Path) -> std::io::Result<File> {
     let beside = path.parent().and_then(|folder| tempfile::tempfile_in(folder).ok());
     if let Some(beside) = beside
         && rustix::fs::ioctl_ficlone(&beside, file).is_ok()
     {
         return Ok(beside);
     }
-    let copy = tempfile::tempfile()?;
+    let own = tempfile::tempfile()?;
+    copy(file, &own)?;
+    Ok(own)
+}
+
+/// Copies a disk to a file that is empty; where the file system can, both share what they have in common.
+///
+/// # Errors
+/// The host cannot read or write.
+pub fn copy(mut file: &File, copy: &File) -> std::io::Result<()> {
+    if rustix::fs::ioctl_ficlone(copy, file).is_ok() {
+        return Ok(());
+    }
+    // Of a block device the metadata do not say it.
+    let size = file.seek(SeekFrom::End(0))?;
     copy.set_len(size)?;
     let mut bytes = vec![0; 1 << 20];
     for (start, long) in data(file, 0, size) {
@@ -224,7 +238,7 @@ fn copy(file: &File, size: u64, path: &Path) -> std::io::Result<File> {
             at += piece.len() as u64;
         }
     }
-    Ok(copy)
+    Ok(())
 }
 
 /// Turns the host's page cache off for a file; gives what its offsets have to be multiples of.
@@ -251,7 +265,10 @@ fn logical(file: &File) -> u32 {
 }
 
 /// A serial number that stays as long as the path does (FNV-1a).
-fn serial(path: &Path) -> Result<String> {
+///
+/// # Errors
+/// There is no such file.
+pub fn serial(path: &Path) -> Result<String> {
     let path = path.canonicalize().with_context(|| path.display().to_string())?;
     let step = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
     let hash = path.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, step);
