@@ -58,11 +58,10 @@ const INTX_LEGACY: [u32; INTX] = [10, 11, 10, 11];
 
 /// Registers whose writes do nothing until another register of the device is asked for. A trace shows them when they happen,
 /// so they make exits then.
-const POSTPONED: [Span; 3] = [
-    Span { start: CMOS + cmos::INDEX, size: 1 },
-    Span { start: SERIAL + serial::LINE_CONTROL, size: 1 },
-    Span { start: PCI_PORTS, size: 4 },
-];
+const POSTPONED: [Span; 2] =
+    [Span { start: CMOS + cmos::INDEX, size: 1 }, Span { start: SERIAL + serial::LINE_CONTROL, size: 1 }];
+/// The same, where there is PCI.
+const PCI_ADDRESS: Span = Span { start: PCI_PORTS, size: 4 };
 
 /// KVM's own controllers have no descriptor of their own.
 pub struct Irqchip;
@@ -123,7 +122,8 @@ pub fn build(vm: &Vm, config: &Config, layout: &Layout, wires: Wires) -> Result<
     }
     let bench = virtio::place(vm, config, ends, sockets, &mut devices)?;
     if acpi && config.trace.is_none() {
-        POSTPONED.into_iter().for_each(|ports| vm.postpone(Space::Pio, ports));
+        let pci = config.has_pci().then_some(PCI_ADDRESS);
+        POSTPONED.into_iter().chain(pci).for_each(|ports| vm.postpone(Space::Pio, ports));
     }
     Ok(Board { buses: devices.finish(), serial, bench, power, irqchip: Irqchip })
 }

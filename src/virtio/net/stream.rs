@@ -44,7 +44,7 @@ pub struct Stream {
     frame: Option<(usize, usize)>,
     /// All was read that was there, and what follows will be told of.
     drained: bool,
-    /// Nothing will be told of any more: the other end has closed.
+    /// Nothing may be told of any more: the other end has closed, or one before it whose event came late.
     ended: bool,
     /// Frames that go together, and what of them the other end did not take at once: `[gone, filled)` of it.
     outgoing: Vec<u8>,

@@ -13,9 +13,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::packet::{Header, NO_RECEIVE, NO_SEND, op};
 
 /// Bytes of the guest's that may wait for a host's side that reads slowly: what we tell the guest as our buffer.
-pub const BUFFER: u32 = 256 << 10;
-/// The guest is told of room that it does not know of once there is so much: each time is an interrupt.
-pub const TELL: u32 = BUFFER / 4 * 3;
+pub const BUFFER: u32 = 64 << 10;
+/// The guest is told of room that it does not know of once there is so much.
+pub const TELL: u32 = BUFFER / 4;
 
 /// Most chains that data is read for at once.
 const MOST_CHAINS: usize = 32;
