@@ -94,11 +94,13 @@ pub fn ask(name: &str, request: &Request) -> Result<u8> {
 /// There is no such machine, or it cannot: the folder is there already, or cannot be written, or there was none before.
 pub fn snapshot(name: &str, folder: &Path, diff: bool, disks: Option<&Path>) -> Result<u8> {
     let whole = |path: &Path| std::path::absolute(path).with_context(|| path.display().to_string());
-    if let Some(disks) = disks.filter(|disks| !disks.exists()) {
-        std::fs::create_dir(disks).with_context(|| disks.display().to_string())?;
-    }
+    let made = disks.filter(|disks| !disks.exists());
+    made.map_or(Ok(()), std::fs::create_dir).context("a folder for copies of disks")?;
     let (path, disks) = (whole(folder)?, disks.map(whole).transpose()?);
-    let told = control::ask(name, &Request::Snapshot { path, keep: true, diff, disks })?;
+    let told = control::ask(name, &Request::Snapshot { path, keep: true, diff, disks }).inspect_err(|_| {
+        // Unless something is in it.
+        let _ = made.map(std::fs::remove_dir);
+    })?;
     let (memory, seconds) = (told["memory"].as_u64().unwrap_or(0), told["seconds"].as_f64().unwrap_or(0.0));
     let why = told["copied"].as_str().map(|why| format!(", until all was written ({})", printable(why)));
     let why = why.unwrap_or_default();

@@ -162,6 +162,14 @@ fn a_machine_that_writes_to_a_disk_is_cloned_with_it() {
     place.run("snapshot one").arg(place.path("again")).words("--disks").arg(&copies).run().refused(125).said("exists");
     let exchanged = format!("--disk {}={} --serial none --max-exits 50", disk.display(), copies.join("1").display());
     place.run("restore").arg(&folder).words(&exchanged).run().expect(124);
+    // What comes to nothing leaves nothing; nobody else's file is taken for the disk.
+    let told = |folder: &Path| place.run("snapshot one").arg(folder).words("--disks").arg(place.path("more")).run();
+    told(&folder).refused(125).said("is there already");
+    std::fs::rename(&disk, place.path("moved")).unwrap();
+    std::fs::write(&disk, vec![3; 1 << 16]).unwrap();
+    told(&place.path("again")).refused(125).said("another file has its name now");
+    assert!(!place.path("more").exists() && !place.path("again").exists());
+    place.clone(Path::new("one"), "").run().refused(125).said("another file has its name now");
     grows(&place.path("out"), size(&place.path("out")));
     place.tell("stop one");
     started.wait().expect(143);

@@ -130,10 +130,7 @@ impl Writing {
     /// What the machine is, which stands still since it was asked to. It may go on when this returns.
     pub fn take(&mut self, taken: Result<Taken>, since: Instant) {
         self.stood = Stood::Since(since);
-        let copied = taken.and_then(|taken| {
-            self.target.disks.as_deref().map_or(Ok(()), |into| taken.copy_disks(into))?;
-            Ok(taken)
-        });
+        let copied = taken.and_then(|mut taken| taken.copy_disks(&self.target).map(|()| taken));
         if let Err(why) = copied.and_then(|taken| self.hand_over(taken)) {
             let _ = self.shared.outcome.set(Err(format!("{why:#}")));
             self.stop();

@@ -11,8 +11,8 @@ mod ram;
 mod write;
 
 use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
@@ -120,7 +120,10 @@ impl Disk {
     fn at(path: &Path) -> Result<Self> {
         let path = std::path::absolute(path).with_context(|| path.display().to_string())?;
         let file = path.metadata().map_err(|e| broken(&path, &e.to_string()))?;
-        Ok(Self { bytes: file.len(), modified: (file.mtime(), file.mtime_nsec()), path })
+        // The metadata of a block device do not say it.
+        let size = || File::open(&path).and_then(|mut file| file.seek(SeekFrom::End(0)));
+        let bytes = if file.file_type().is_block_device() { size().ok() } else { Some(file.len()) };
+        Ok(Self { bytes: bytes.unwrap_or(0), modified: (file.mtime(), file.mtime_nsec()), path })
     }
 
     /// A machine that had this one can have that.

@@ -15,9 +15,10 @@ use super::diff::Base;
 use super::ram::Moment;
 use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, Xxh64, is_partial, sum};
 use crate::arch;
-use crate::config::Config;
+use crate::config::{Config, Words};
 use crate::error::refuse;
-use crate::virtio::block::{Options, copy};
+use crate::host::sys::is_asked_to_end;
+use crate::virtio::block::{Options, copy, open_own, serial};
 
 /// Where a snapshot is to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +33,20 @@ pub struct Target {
 }
 
 impl Target {
+    /// There can be a snapshot.
+    fn check(&self) -> Result<()> {
+        let path = &self.path;
+        if path.symlink_metadata().is_ok() {
+            let why = format!("{} is there already, and a snapshot never changes", path.display());
+            return Err(refuse(why).hint("name a folder that is not there").into());
+        }
+        if is_partial(path) {
+            let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
+            return Err(refuse(why).hint("give it another name").into());
+        }
+        Ok(())
+    }
+
     pub(super) fn sync(&self, file: &File, path: &Path) -> Result<()> {
         if self.keep {
             file.sync_all().with_context(|| format!("writing {}", path.display()))?;
@@ -74,12 +89,28 @@ fn partial(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// Copies of disks, which go with the snapshot that comes to nothing.
+#[derive(Default)]
+struct Copies {
+    made: Vec<(File, PathBuf)>,
+    kept: bool,
+}
+
+impl Drop for Copies {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.made.iter().for_each(|(_, path)| drop(std::fs::remove_file(path)));
+        }
+    }
+}
+
 /// What a machine is at a moment, besides its RAM.
 pub struct Taken {
     guest: String,
     config: Config,
     disks: Vec<Disk>,
     state: State,
+    copies: Copies,
 }
 
 impl Taken {
@@ -87,31 +118,41 @@ impl Taken {
     ///
     /// # Errors
     /// A disk of it is gone, or is not there for others.
-    pub fn new(guest: &str, config: Config, state: State) -> Result<Self> {
-        for words in &config.disk {
-            let mut taken = words.take("--disk");
-            if taken.flag("overlay")? || taken.flag("copy")? {
+    pub fn new(guest: &str, mut config: Config, state: State) -> Result<Self> {
+        for words in &mut config.disk {
+            let options = Options::parse(words)?;
+            if options.own.is_some() {
                 let why = format!(
                     "--disk {words}: what the machine has written there ends with it, and no snapshot keeps it"
                 );
                 return Err(refuse(why).into());
             }
+            // That of the file's name, by which the guest knows it also where it goes on with another.
+            if options.serial.is_none() {
+                let (path, rest) = words.split();
+                *words = Words::join(&path, &format!("{rest},serial={}", serial(&options.path)?));
+            }
         }
         let disks = Disk::all(&config)?;
-        Ok(Self { guest: guest.into(), config, disks, state })
+        Ok(Self { guest: guest.into(), config, disks, state, copies: Copies::default() })
     }
 
-    /// Copies the disks that the machine writes to, while it stands still.
+    /// Copies the disks that the machine writes to, while it stands still, where `target` asks for that.
     ///
     /// # Errors
-    /// The host cannot read or write them.
-    pub fn copy_disks(&self, into: &Path) -> Result<()> {
+    /// The snapshot or a copy is there already, the host cannot read or write, or this process is asked to end.
+    pub fn copy_disks(&mut self, target: &Target) -> Result<()> {
+        let Some(into) = &target.disks else { return Ok(()) };
+        target.check()?;
         for (number, words) in self.config.disk.iter().enumerate() {
             let options = Options::parse(words)?;
             if !options.read_only {
                 let what = || format!("copying {}", options.path.display());
-                let (from, to) = (File::open(&options.path).with_context(what)?, make(&into.join(number.to_string()))?);
-                copy(&from, &to).with_context(what)?;
+                let (from, path) = (open_own(&options.path).with_context(what)?, into.join(number.to_string()));
+                let to = make(&path)?;
+                let copied = copy(&from, &to, || !is_asked_to_end());
+                self.copies.made.push((to, path));
+                copied.with_context(what)?;
             }
         }
         Ok(())
@@ -122,8 +163,12 @@ impl Taken {
     /// # Errors
     /// The folder is there, or the host cannot write it, or it is `cancelled`; nothing is left behind then.
     pub fn write(self, ram: Moment, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
-        let Self { guest, config, disks, state } = self;
-        complete(target, cancelled, |folder| {
+        let Self { guest, config, disks, state, mut copies } = self;
+        let written = complete(target, cancelled, |folder| {
+            copies.made.iter().try_for_each(|(copy, path)| target.sync(copy, path))?;
+            if let Some(into) = &target.disks {
+                target.sync(&File::open(into).with_context(|| into.display().to_string())?, into)?;
+            }
             let before = ram.base().cloned();
             let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
             check(cancelled)?;
@@ -143,7 +188,9 @@ impl Taken {
             describe(&manifest, &state, folder, target)?;
             let (moment, memory) = (manifest.moment(), manifest.memory);
             Ok(Written { memory: memory.kept(), base: Base::new(moment, memory, before.as_ref()) })
-        })
+        });
+        copies.kept = written.is_ok();
+        written
     }
 }
 
@@ -152,15 +199,8 @@ impl Taken {
 /// # Errors
 /// The folder is there, or the host cannot write it, or it is `cancelled`; nothing is left behind then.
 pub(super) fn complete<T>(target: &Target, cancelled: &AtomicBool, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    target.check()?;
     let path = &target.path;
-    if path.symlink_metadata().is_ok() {
-        let why = format!("{} is there already, and a snapshot never changes", path.display());
-        return Err(refuse(why).hint("name a folder that is not there").into());
-    }
-    if is_partial(path) {
-        let why = format!("{}: that is what a snapshot is called that is not complete", path.display());
-        return Err(refuse(why).hint("give it another name").into());
-    }
     let folder = partial(path);
     let _own = begin(&folder)?;
     let written = fill(&folder).and_then(|written| {

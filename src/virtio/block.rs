@@ -18,20 +18,21 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
 
 use self::bounce::Bounce;
 use self::engine::{Engine, Pool};
 use self::image::Packed;
 use self::limit::Limit;
 use self::open::{Format, MOST_QUEUES, Own};
-pub use self::open::{Options, copy, serial};
+pub use self::open::{Options, copy, open_own, serial};
 use self::request::{ID, MOST_DISCARD, MOST_ZEROES, Medium, Request, SECTOR, parse, status};
 use super::{Active, Chain, Kind, Part, VirtioDevice, Wake};
 use crate::bus::Saved;
 use crate::config::Words;
-use crate::device::{Stateless, unwrap, wrap};
+use crate::device::{unwrap, wrap};
 use crate::host::say::say;
 use crate::host::sys::disk::{Buffers, Job, Work};
 use crate::host::sys::monotonic;
@@ -62,6 +63,15 @@ mod feature {
     pub const MQ: u64 = 1 << 12;
     pub const DISCARD: u64 = 1 << 13;
     pub const WRITE_ZEROES: u64 = 1 << 14;
+}
+
+/// Nothing but what would be missing.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct State {
+    /// What was written is not all in the file.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    lost: bool,
 }
 
 /// A request whose job the engine has.
@@ -396,13 +406,16 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> Saved {
-        if let Err(e) = self.engine.settle() {
+        let lost = self.engine.settle().err();
+        if let Some(e) = &lost {
             say(&format!("bantam: warning: --disk {}: what was written is not all in its file: {e}", self.name));
         }
-        wrap(VERSION, &Stateless {})
+        wrap(VERSION, &State { lost: lost.is_some() })
     }
 
     fn load(&mut self, saved: &Saved) -> Result<()> {
-        unwrap(NAME, VERSION, saved).map(|Stateless {}| ())
+        let State { lost } = unwrap(NAME, VERSION, saved)?;
+        ensure!(!lost, "{NAME}: what was written was not all in the disk's file when the machine was saved");
+        Ok(())
     }
 }

@@ -235,6 +235,17 @@ pub fn next_signal(signals: &OwnedFd) -> Option<i32> {
     (count == info.len()).then(|| info.first_chunk().copied().map(i32::from_ne_bytes))?
 }
 
+/// Whether a signal waits that asks this process to end.
+pub fn is_asked_to_end() -> bool {
+    let mut waiting = set_of(&[]);
+    // SAFETY: the call writes one set of signals, which this is.
+    unsafe { libc::sigpending(&raw mut waiting) };
+    // SAFETY: the set was written, or is empty.
+    [SIGINT, SIGTERM, SIGHUP, SIGQUIT]
+        .into_iter()
+        .any(|signal| unsafe { libc::sigismember(&raw const waiting, signal) } == 1)
+}
+
 /// Keeps a signal waiting until [`control_signals`] asks for it.
 ///
 /// # Errors

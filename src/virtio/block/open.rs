@@ -213,15 +213,29 @@ fn nameless(file: &File, path: &Path) -> std::io::Result<File> {
         return Ok(beside);
     }
     let own = tempfile::tempfile()?;
-    copy(file, &own)?;
+    copy(file, &own, || true)?;
     Ok(own)
 }
 
-/// Copies a disk to a file that is empty; where the file system can, both share what they have in common.
+/// Opens the file of a disk that this process writes to, for reading; nobody else's, if that has its name now.
 ///
 /// # Errors
-/// The host cannot read or write.
-pub fn copy(mut file: &File, copy: &File) -> std::io::Result<()> {
+/// It is not there any more.
+pub fn open_own(path: &Path) -> std::io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    match disk::lock(&file, false) {
+        // That of the device.
+        Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(file),
+        _ => Err(std::io::Error::new(ErrorKind::NotFound, "another file has its name now")),
+    }
+}
+
+/// Copies a disk to a file that is empty, as long as `goes_on` says so; where the file system can, both share what they have
+/// in common.
+///
+/// # Errors
+/// The host cannot read or write, or it was not to go on.
+pub fn copy(mut file: &File, copy: &File, goes_on: impl Fn() -> bool) -> std::io::Result<()> {
     if rustix::fs::ioctl_ficlone(copy, file).is_ok() {
         return Ok(());
     }
@@ -232,6 +246,9 @@ pub fn copy(mut file: &File, copy: &File) -> std::io::Result<()> {
     for (start, long) in data(file, 0, size) {
         let mut at = start;
         while at < start + long {
+            if !goes_on() {
+                return Err(std::io::Error::new(ErrorKind::Interrupted, "the machine is to end"));
+            }
             let piece = bytes.get_mut(..(start + long - at).min(1 << 20) as usize).unwrap_or_default();
             file.read_exact_at(piece, at)?;
             copy.write_all_at(piece, at)?;
