@@ -4,6 +4,8 @@
 //! defaults (or an example's own words), then `--config FILE`, then the command line.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -485,16 +487,16 @@ impl Cloning {
     }
 
     /// The configuration of each clone of a snapshot, in the order of their numbers. `copies` are those that were made of its
-    /// disks: the number of each, and a descriptor of this process.
+    /// disks: the number of each, and the file, which this process keeps open.
     ///
     /// # Errors
     /// The options make no sense for a machine of this snapshot.
-    pub fn configs(&self, manifest: &Manifest, copies: &[(usize, i32)]) -> Result<Vec<Config>> {
+    pub fn configs(&self, manifest: &Manifest, copies: &[(usize, File)]) -> Result<Vec<Config>> {
         let mut config = of_snapshot(manifest, &self.words)?;
-        for (number, fd) in copies {
+        for (number, copy) in copies {
             let had = manifest.config.disk.get(*number);
             if let Some(words) = config.disk.get_mut(*number).filter(|words| Some(&**words) == had) {
-                *words = Text::join(&format!("/proc/self/fd/{fd}"), words.split().1);
+                *words = Text::join(&format!("/proc/self/fd/{}", copy.as_raw_fd()), words.split().1);
             }
         }
         for words in &mut config.disk {
@@ -502,12 +504,11 @@ impl Cloning {
             if taken.flag("ro")? || taken.flag("overlay")? || taken.flag("copy")? {
                 continue;
             }
-            let (path, rest) = words.split();
             *words = match self.disks {
-                DiskMode::Overlay => Text::join(&path, &format!("{rest},overlay")),
-                DiskMode::Copy => Text::join(&path, &format!("{rest},copy")),
+                DiskMode::Overlay => words.and("overlay"),
+                DiskMode::Copy => words.and("copy"),
                 DiskMode::ShareRo => {
-                    let why = format!("--disk-mode share-ro: the machine writes to {path}");
+                    let why = format!("--disk-mode share-ro: the machine writes to {}", taken.first());
                     return Err(usage(why).hint("overlay and copy let each clone write what it likes").into());
                 }
             };
@@ -522,7 +523,7 @@ impl Cloning {
             let mut taken = words.take("--vsock").without_first();
             if let (Some(cid), Some(path)) = (taken.value::<u32>("cid")?, taken.value::<String>("path")?) {
                 let path = format!("path={path}-{}-{{}}", std::process::id());
-                *words = Text::join(&format!("cid={cid}"), &format!(",{}", Text::join(&path, "")));
+                *words = Text::join(&format!("cid={cid}"), "").and(&path);
             }
         }
         Ok((1..=self.count).map(|number| config.numbered(number)).collect())
@@ -532,9 +533,8 @@ impl Cloning {
 /// A disk in the place of another, under the serial number that the guest knows that one by.
 fn in_place_of(had: &Text, words: &Text) -> Result<Text> {
     let serial = |words: &Text| words.take("--disk").value::<String>("serial");
-    let (path, rest) = words.split();
     match (serial(words)?, serial(had)?) {
-        (None, Some(serial)) => Ok(Text::join(&path, &format!("{rest},serial={}", serial.replace(',', ",,")))),
+        (None, Some(serial)) => Ok(words.and(&format!("serial={serial}"))),
         _ => Ok(words.clone()),
     }
 }

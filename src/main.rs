@@ -1,7 +1,6 @@
 //! The command: words → configuration → machine → exit status.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -84,9 +83,7 @@ fn clone(cloning: &Cloning) -> Result<u8> {
         return Err(refuse(format!("{}: there is no such folder, and no machine has such a name", cloning.of)).into());
     }
     // Whoever ends this meanwhile leaves nothing in it.
-    [host::sys::SIGINT, host::sys::SIGTERM, host::sys::SIGHUP, host::sys::SIGQUIT]
-        .into_iter()
-        .try_for_each(host::sys::hold)?;
+    host::sys::ENDS.into_iter().try_for_each(host::sys::hold)?;
     let place = tempfile::Builder::new().prefix("bantam-clone-").tempdir().context("a folder for what is cloned")?;
     let (folder, disks) = (place.path().join("snapshot"), place.path().join("disks"));
     std::fs::create_dir(&disks).context("a folder for copies of disks")?;
@@ -122,8 +119,7 @@ fn clone_from(
     opened: impl FnOnce(&mut Snapshot) -> Result<()>,
 ) -> Result<u8> {
     let manifest = Manifest::open(folder)?;
-    let copies: Vec<_> = copies.iter().map(|(number, file)| (*number, file.as_raw_fd())).collect();
-    let configs = cloning.configs(&manifest, &copies)?;
+    let configs = cloning.configs(&manifest, copies)?;
     configs.iter().try_for_each(machine::hold_signal)?;
     let mut snapshot = Snapshot::of(folder, manifest, cloning.how)?;
     configs.iter().try_for_each(|config| snapshot.check_disks(config))?;

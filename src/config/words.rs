@@ -62,6 +62,12 @@ impl Words {
         Self(first.replace(',', ",,") + rest)
     }
 
+    /// The same with one word more.
+    #[must_use]
+    pub fn and(&self, word: &str) -> Self {
+        Self(format!("{},{}", self.0, word.replace(',', ",,")))
+    }
+
     /// Takes the text apart; `option` is what it was given to.
     pub fn take(&self, option: &str) -> Taken {
         let mut words = vec![String::new()];

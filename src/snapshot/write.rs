@@ -15,7 +15,7 @@ use super::diff::Base;
 use super::ram::Moment;
 use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, Xxh64, is_partial, sum};
 use crate::arch;
-use crate::config::{Config, Words};
+use crate::config::Config;
 use crate::error::refuse;
 use crate::host::sys::is_asked_to_end;
 use crate::virtio::block::{Options, copy, open_own, serial};
@@ -129,8 +129,7 @@ impl Taken {
             }
             // That of the file's name, by which the guest knows it also where it goes on with another.
             if options.serial.is_none() {
-                let (path, rest) = words.split();
-                *words = Words::join(&path, &format!("{rest},serial={}", serial(&options.path)?));
+                *words = words.and(&format!("serial={}", serial(&options.path)?));
             }
         }
         let disks = Disk::all(&config)?;

@@ -151,18 +151,9 @@ pub fn monotonic() -> u64 {
     time.tv_sec.unsigned_abs().wrapping_mul(1_000_000_000).wrapping_add(time.tv_nsec.unsigned_abs())
 }
 
-/// The signals that end a machine, the two that stop the process for a while and let it go on, and the one that says that
-/// the terminal has another size.
-const CONTROL: [i32; 8] = [
-    libc::SIGINT,
-    libc::SIGTERM,
-    libc::SIGHUP,
-    libc::SIGQUIT,
-    libc::SIGTSTP,
-    libc::SIGCONT,
-    libc::SIGWINCH,
-    lease::LOST,
-];
+/// Besides [`ENDS`], the two that stop the process for a while and let it go on, the one that says that the terminal has
+/// another size, and that of a file that somebody wants to write to.
+const CONTROL: [i32; 4] = [SIGTSTP, SIGCONT, SIGWINCH, lease::LOST];
 
 /// The terminal's "stop".
 pub const SIGTSTP: i32 = libc::SIGTSTP;
@@ -176,10 +167,8 @@ pub const SIGUSR1: i32 = libc::SIGUSR1;
 pub const SIGINT: i32 = libc::SIGINT;
 /// The signal that asks to end.
 pub const SIGTERM: i32 = libc::SIGTERM;
-/// The terminal is gone.
-pub const SIGHUP: i32 = libc::SIGHUP;
-/// What ctrl-\ sends.
-pub const SIGQUIT: i32 = libc::SIGQUIT;
+/// The signals that end a machine: also that of a terminal that is gone, and what ctrl-\ sends.
+pub const ENDS: [i32; 4] = [SIGINT, SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 fn set_of(signals: &[i32]) -> libc::sigset_t {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
@@ -215,7 +204,7 @@ fn is_ignored(signal: i32) -> bool {
 /// # Errors
 /// The host has no descriptor left.
 pub fn control_signals(more: Option<i32>) -> io::Result<OwnedFd> {
-    let ours: Vec<i32> = CONTROL.into_iter().filter(|signal| !is_ignored(*signal)).chain(more).collect();
+    let ours: Vec<i32> = ENDS.into_iter().chain(CONTROL).filter(|signal| !is_ignored(*signal)).chain(more).collect();
     let set = set_of(&ours);
     mask(libc::SIG_BLOCK, &set)?;
     // SAFETY: the set is valid for the call.
@@ -241,9 +230,7 @@ pub fn is_asked_to_end() -> bool {
     // SAFETY: the call writes one set of signals, which this is.
     unsafe { libc::sigpending(&raw mut waiting) };
     // SAFETY: the set was written, or is empty.
-    [SIGINT, SIGTERM, SIGHUP, SIGQUIT]
-        .into_iter()
-        .any(|signal| unsafe { libc::sigismember(&raw const waiting, signal) } == 1)
+    ENDS.into_iter().any(|signal| unsafe { libc::sigismember(&raw const waiting, signal) } == 1)
 }
 
 /// Keeps a signal waiting until [`control_signals`] asks for it.

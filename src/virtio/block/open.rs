@@ -158,15 +158,18 @@ impl Options {
     }
 }
 
+/// Opens a file that may be anything: nobody may have to wait for the other end of a FIFO.
+fn at_once(path: &Path, write: bool) -> std::io::Result<File> {
+    File::options().read(true).write(write).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
+}
+
 /// Opens and locks what holds a disk.
 ///
 /// # Errors
 /// It is not to be had, is no disk, or is somebody else's.
 pub fn open(path: &Path, read_only: bool) -> Result<File> {
     let say = |why: String| refuse(format!("--disk {}: {why}", path.display()));
-    // Nobody may have to wait for the other end of a FIFO.
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let file = File::options().read(true).write(!read_only).custom_flags(flags).open(path).map_err(|e| {
+    let file = at_once(path, !read_only).map_err(|e| {
         let refusal = say(e.to_string());
         match e.kind() {
             ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem if !read_only => {
@@ -222,7 +225,7 @@ fn nameless(file: &File, path: &Path) -> std::io::Result<File> {
 /// # Errors
 /// It is not there any more.
 pub fn open_own(path: &Path) -> std::io::Result<File> {
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let file = at_once(path, false)?;
     match disk::lock(&file, false) {
         // That of the device.
         Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(file),
