@@ -32,8 +32,9 @@ fn case(n: u64) -> (&'static str, u64, u64) {
     (KERNELS[pick(n)], CPUS[pick(n / 3)], MEMORY[pick(n / 9)])
 }
 
-/// What CI takes of them: each kernel, number and size once. A soak takes them all (BANTAM_SOAK_SEED, _COUNT).
-const SAMPLE: [u64; 3] = [0, 13, 26];
+/// What CI takes of them: each kernel, number and size once, and the newest in the least RAM. A soak takes them all
+/// (BANTAM_SOAK_SEED, _COUNT).
+const SAMPLE: [u64; 3] = [4, 11, 24];
 
 #[test]
 fn every_kernel_runs_with_every_number_of_cpus_and_size_of_ram() {
