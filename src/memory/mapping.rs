@@ -149,19 +149,22 @@ impl Mapping {
     }
 }
 
-/// The most bytes that are read one word at a time. Who reads so few looks at them, and must not see them change: each is
-/// read once, whatever the compiler thinks. More are copied as fast as can be.
+/// The most bytes that are read or written one word at a time, which is quicker than to call somebody for it; and who reads
+/// so few looks at them, and must not see them change: each is read once, whatever the compiler thinks. More are copied as
+/// fast as can be.
 const FEW: usize = 64;
 
 /// Accesses by others, guests above all, at the same time are as expected: no reference is ever made. Each is false where
 /// it would not lie in the mapping whole.
 impl Mapping {
+    #[inline]
     fn place(&self, at: usize, size: usize) -> Option<*mut u8> {
         let end = at.checked_add(size)?;
         (end <= self.size).then(|| self.start().wrapping_add(at))
     }
 
     /// Reads `into.len()` bytes at `at`.
+    #[inline]
     pub fn read(&self, at: usize, into: &mut [u8]) -> bool {
         let Some(mut from) = self.place(at, into.len()) else { return false };
         if into.len() > FEW {
@@ -186,10 +189,25 @@ impl Mapping {
     }
 
     /// Writes `from` at `at`.
+    #[inline]
     pub fn write(&self, at: usize, from: &[u8]) -> bool {
-        let Some(into) = self.place(at, from.len()) else { return false };
-        // SAFETY: `place` has seen that so many bytes lie in the mapping; `from` is ours.
-        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
+        let Some(mut into) = self.place(at, from.len()) else { return false };
+        if from.len() > FEW {
+            // SAFETY: `place` has seen that so many bytes lie in the mapping; `from` is ours.
+            unsafe { ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
+            return true;
+        }
+        let (words, bytes) = from.as_chunks::<8>();
+        for word in words {
+            // SAFETY: as above; an array of bytes may be anywhere.
+            unsafe { into.cast::<[u8; 8]>().write_volatile(*word) };
+            into = into.wrapping_add(8);
+        }
+        for byte in bytes {
+            // SAFETY: as above.
+            unsafe { into.write_volatile(*byte) };
+            into = into.wrapping_add(1);
+        }
         true
     }
 

@@ -56,7 +56,14 @@ impl Span {
 
     /// All of `other` lies in this span.
     pub fn contains(&self, other: &Self) -> bool {
-        self.start <= other.start && other.last() <= self.last()
+        self.offset(other.start, other.size).is_some()
+    }
+
+    /// How far into it `addr` is, if `size` bytes from there on lie in it.
+    #[inline]
+    pub fn offset(&self, addr: u64, size: u64) -> Option<u64> {
+        let offset = addr.wrapping_sub(self.start);
+        (offset < self.size && size <= self.size - offset).then_some(offset)
     }
 }
 
@@ -178,11 +185,10 @@ impl Memory {
 
     /// The one mapping that `size` bytes at `addr` lie in, and where: the short way, which nearly all accesses go. None
     /// where they lie in two, or in none.
+    #[inline]
     fn one(&self, addr: u64, size: usize) -> Option<(&Mapping, usize)> {
-        let last = addr.checked_add((size as u64).checked_sub(1)?)?;
         let mut both = self.all.spans.iter().zip(&self.all.mappings);
-        let (span, mapping) = both.find(|(span, _)| span.start <= addr && last <= span.last())?;
-        Some((mapping, (addr - span.start) as usize))
+        both.find_map(|(span, mapping)| Some((mapping, span.offset(addr, size as u64)? as usize)))
     }
 
     /// All of `span` is RAM (adjacent mappings count as one).
@@ -198,6 +204,7 @@ impl Memory {
     ///
     /// # Errors
     /// Any of them is outside RAM.
+    #[inline]
     pub fn read(&self, addr: u64, into: &mut [u8]) -> Result<()> {
         if let Some((mapping, at)) = self.one(addr, into.len())
             && mapping.read(at, into)
@@ -211,6 +218,7 @@ impl Memory {
     ///
     /// # Errors
     /// Any of it is outside RAM.
+    #[inline]
     pub fn write(&self, addr: u64, from: &[u8]) -> Result<()> {
         if let Some((mapping, at)) = self.one(addr, from.len())
             && mapping.write(at, from)
