@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{Timespec, epoll};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, OwnedFd};
 
 use crate::host::sys;
 
 /// Most events taken in one call.
-pub const BATCH: usize = 8;
+const BATCH: usize = 32;
 
 /// In a token, for those who want to know: nothing will follow what can be read now.
 pub const ENDED: u64 = 1 << 63;
@@ -34,26 +34,37 @@ impl Readiness {
         Ok(Self { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)? })
     }
 
+    fn event(token: u64, edge: Edge) -> (epoll::EventFlags, epoll::EventData) {
+        let flags = match edge {
+            Edge::Level => epoll::EventFlags::IN,
+            Edge::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
+            Edge::Ends => epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET,
+            Edge::Both => {
+                epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET
+            }
+        };
+        (flags, epoll::EventData::new_u64(token))
+    }
+
     /// Watches `fd`. False where the host cannot watch it: a file, which is always ready.
     ///
     /// # Errors
     /// The host has no memory left.
-    pub fn watch(&self, fd: impl AsFd, token: u64, flags: Edge) -> io::Result<bool> {
-        let flags = match flags {
-            Edge::Level => epoll::EventFlags::IN,
-            Edge::Edge => epoll::EventFlags::IN | epoll::EventFlags::ET,
-            Edge::Both => epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET,
-            Edge::Ends => {
-                epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET
-            }
-        };
-        match epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), flags) {
+    pub fn watch(&self, fd: impl AsFd, token: u64, edge: Edge) -> io::Result<bool> {
+        let (flags, data) = Self::event(token, edge);
+        match epoll::add(&self.epoll, fd, data, flags) {
             Ok(()) => Ok(true),
             Err(rustix::io::Errno::PERM) => Ok(false),
             // Watched already, and so it stays.
             Err(rustix::io::Errno::EXIST) => Ok(true),
             Err(e) => Err(e.into()),
         }
+    }
+
+    /// Watches `fd`, which is watched, in another way. What it waits for may be there already: then it is told.
+    pub fn watch_for(&self, fd: impl AsFd, token: u64, edge: Edge) {
+        let (flags, data) = Self::event(token, edge);
+        let _ = epoll::modify(&self.epoll, fd, data, flags);
     }
 
     /// Watches `fd` no longer.
@@ -86,13 +97,6 @@ impl Readiness {
     }
 }
 
-/// Readable when something that it watches is ready, so that one may watch another.
-impl AsFd for Readiness {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
-    }
-}
-
 /// When a watched descriptor reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Edge {
@@ -100,10 +104,10 @@ pub enum Edge {
     Level,
     /// When it becomes readable: a bell need not be read to fall silent.
     Edge,
-    /// When it becomes readable or writable.
-    Both,
     /// The same; and its token has [`ENDED`] once the other end of a socket has closed, whatever is left to read.
     Ends,
+    /// The same; and when it becomes writable.
+    Both,
 }
 
 /// What a thread needs for its stack, and what all of them take of the heap soon after.
@@ -194,7 +198,9 @@ mod tests {
             readiness.wait(Some(Duration::ZERO), &mut ready).unwrap();
             ready.clone()
         };
-        // Writable, from the beginning.
+        // Writable from the beginning, which is told of once somebody asks for it.
+        assert!(wait().is_empty());
+        readiness.watch_for(&own, 5, Edge::Both);
         assert_eq!((wait(), wait()), (vec![5], vec![]));
         other.write_all(&[1]).unwrap();
         assert_eq!((wait(), wait()), (vec![5], vec![]));

@@ -31,6 +31,7 @@ pub mod worker;
 pub mod fuzz;
 
 pub use self::queue::{Chain, Part, Queue, Ring};
+pub use self::worker::Watcher;
 
 /// Feature bits of every device (VIRTIO 1.3 §6).
 pub mod feature {
@@ -62,8 +63,8 @@ pub enum Wake {
     Start,
     /// The driver has made buffers available in this queue.
     Queue(usize),
-    /// This one of its descriptors has become readable or writable. It is said once: what the device leaves there, it
-    /// must remember.
+    /// This one of its descriptors (of [`VirtioDevice::sources`], or that it has watched by this number) has become readable
+    /// or writable. It is said once: what the device leaves there, it must remember.
     Source(usize),
     /// The same, and its other end has closed: nothing will follow what can be read now.
     Ended(usize),
@@ -81,12 +82,14 @@ pub struct Active {
     pub sources_changed: bool,
     /// The machine is another one than that which the driver began in. Who sees to that takes it back.
     pub moved: bool,
+    /// Where the device has descriptors watched that come and go; none where it is at work for nobody.
+    pub watcher: Option<Watcher>,
 }
 
 impl Active {
     /// What a device begins with.
     pub fn new(queues: Vec<Queue>, features: u64) -> Self {
-        Self { queues, features, space_changed: false, sources_changed: false, moved: false }
+        Self { queues, features, space_changed: false, sources_changed: false, moved: false, watcher: None }
     }
 }
 

@@ -162,6 +162,13 @@ impl Chain {
         self.writing.walk(parts, size, collect(into))
     }
 
+    /// The `size` bytes to write that come after the next `skip`, as parts, appended to `into`; nothing is passed over.
+    pub fn look_write(&self, skip: usize, size: usize, into: &mut Vec<Part>) -> usize {
+        let (parts, mut cursor) = (self.writable(), self.writing);
+        cursor.walk(parts, skip, |_, _, _| true);
+        cursor.walk(parts, size, collect(into))
+    }
+
     /// Guest RAM, for a device that takes parts.
     pub fn memory(&self) -> &Memory {
         &self.memory

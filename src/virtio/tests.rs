@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::queue::MAX_SIZE;
-use super::{Active, Queue, Ring, VirtioDevice, Wake, feature};
+use super::{Active, Queue, Ring, VirtioDevice, Wake, Watcher, feature};
 use crate::irq::TestWire;
 use crate::memory::{Memory, Span};
 
@@ -264,6 +264,8 @@ pub struct Rig<D: VirtioDevice> {
     /// One for each of its queues.
     pub drivers: Vec<Driver>,
     pub memory: Memory,
+    /// What the device has watched besides its sources.
+    watcher: Watcher,
 }
 
 impl<D: VirtioDevice> Rig<D> {
@@ -279,7 +281,9 @@ impl<D: VirtioDevice> Rig<D> {
         let driver = |(at, size): (usize, &u16)| Driver::new(&memory, at as u64 * SHARE, *size, features);
         let drivers: Vec<_> = sizes.map(driver).collect();
         let queues = drivers.iter().map(Driver::queue).collect();
-        let mut rig = Self { device, active: Active::new(queues, features), drivers, memory };
+        let mut rig =
+            Self { device, active: Active::new(queues, features), drivers, memory, watcher: Watcher::alone().unwrap() };
+        rig.active.watcher = Some(rig.watcher.clone());
         rig.wake(Wake::Start);
         rig
     }
@@ -299,6 +303,17 @@ impl<D: VirtioDevice> Rig<D> {
 
     pub fn kick(&mut self, queue: usize) {
         self.wake(Wake::Queue(queue));
+    }
+
+    /// Tells the device of what has become of the descriptors that it has watched, until nothing has any more.
+    pub fn hear(&mut self) {
+        loop {
+            let wakes = self.watcher.look();
+            if wakes.is_empty() {
+                return;
+            }
+            wakes.into_iter().for_each(|wake| self.wake(wake));
+        }
     }
 
     /// Makes a request and rings; what came back, if anything did at once.

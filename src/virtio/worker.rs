@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::fd::AsFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Active, VirtioDevice, Wake};
@@ -43,9 +44,16 @@ impl Lent {
         self.active.queues.iter_mut().for_each(super::Queue::tell);
     }
 
-    fn serve(&mut self, wake: Wake) {
+    /// Serves the device, for each that wakes it; `track`: as somebody wants to see it, with its number.
+    fn serve(&mut self, wakes: impl Iterator<Item = Wake>, track: Option<(&Track, u32)>) {
         self.active.queues.iter_mut().for_each(super::Queue::refill);
-        self.device.service(wake, &mut self.active);
+        for wake in wakes {
+            let begun = track.map(|_| now());
+            self.device.service(wake, &mut self.active);
+            if let Some(((track, id), begun)) = track.zip(begun) {
+                track.served((self.device.kind().name, id), woken(wake), begun);
+            }
+        }
         let mut broken = false;
         for (queue, bell) in self.active.queues.iter_mut().zip(&self.doorbells) {
             queue.tell();
@@ -61,17 +69,13 @@ impl Lent {
     }
 }
 
-/// Serves device `id`. Where nobody wants to see it, that costs one branch each time that it is woken.
-fn serve(track: Option<&Track>, id: u32, lent: &mut Lent, wake: Wake) {
-    let Some(track) = track else { return lent.serve(wake) };
-    let begun = now();
-    lent.serve(wake);
-    let woken = match wake {
+/// What woke a device, in words.
+fn woken(wake: Wake) -> (&'static str, Option<usize>) {
+    match wake {
         Wake::Start => ("start", None),
         Wake::Queue(queue) => ("queue", Some(queue)),
         Wake::Source(source) | Wake::Ended(source) => ("source", Some(source)),
-    };
-    track.served((lent.device.kind().name, id), woken, begun);
+    }
 }
 
 type Job = Box<dyn FnOnce(&mut Devices) + Send>;
@@ -79,7 +83,7 @@ type Job = Box<dyn FnOnce(&mut Devices) + Send>;
 /// The devices at work, each by the number of its transport.
 pub struct Devices {
     lent: BTreeMap<u32, Lent>,
-    readiness: Readiness,
+    readiness: Arc<Readiness>,
     /// Devices may do something.
     running: bool,
     /// Where each service is noted, if somebody wants to see it.
@@ -94,16 +98,74 @@ fn token(id: u32, queue: usize) -> u64 {
     u64::from(id) << 32 | queue as u64
 }
 
+/// The device that a token is of.
+fn device(token: u64) -> u32 {
+    ((token & !ENDED) >> 32) as u32
+}
+
+/// What a token says to its device.
+fn wake(token: u64) -> Wake {
+    let index = (token & (SOURCE - 1)) as usize;
+    match (token & SOURCE, token & ENDED) {
+        (0, _) => Wake::Queue(index),
+        (_, 0) => Wake::Source(index),
+        _ => Wake::Ended(index),
+    }
+}
+
+/// Has descriptors of one device watched, besides those that it always has.
+#[derive(Clone)]
+pub struct Watcher {
+    readiness: Arc<Readiness>,
+    id: u32,
+}
+
+impl Watcher {
+    /// For those who run a device without the thread.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    #[doc(hidden)]
+    pub fn alone() -> std::io::Result<Self> {
+        Ok(Self { readiness: Arc::new(Readiness::new()?), id: 0 })
+    }
+
+    /// Wakes the device when there is something to be read, or the other end closes, with this number, as long as `fd` is
+    /// open; false where the host has no memory for it. Numbers are below 2^31, and not those of the device's own sources,
+    /// which are counted from 0. What happens while the device is at work for nobody is lost.
+    pub fn watch(&self, fd: impl AsFd, source: u32) -> bool {
+        self.readiness.watch(fd, self.token(source), Edge::Ends).is_ok()
+    }
+
+    /// The same also when there is room for something to be written.
+    pub fn watch_room(&self, fd: impl AsFd, source: u32) {
+        self.readiness.watch_for(fd, self.token(source), Edge::Both);
+    }
+
+    fn token(&self, source: u32) -> u64 {
+        token(self.id, source as usize) | SOURCE
+    }
+
+    /// For the same: what there is to wake the device for.
+    #[doc(hidden)]
+    pub fn look(&self) -> Vec<Wake> {
+        let mut ready = Vec::new();
+        let _ = self.readiness.wait(Some(Duration::ZERO), &mut ready);
+        ready.into_iter().map(wake).collect()
+    }
+}
+
 impl Devices {
     /// Takes a device to work, which it begins when the thread runs.
     ///
     /// # Errors
     /// One of its descriptors cannot be waited for; it is at work nevertheless.
-    pub fn start(&mut self, id: u32, lent: Lent) -> Result<()> {
+    pub fn start(&mut self, id: u32, mut lent: Lent) -> Result<()> {
+        lent.active.watcher = Some(Watcher { readiness: self.readiness.clone(), id });
         let watched = self.watch(id, &lent);
         self.lent.insert(id, lent);
         if self.running {
-            self.serve(id, Wake::Start);
+            self.serve(id, [Wake::Start]);
         }
         watched
     }
@@ -119,15 +181,15 @@ impl Devices {
 
     fn watch_sources(&self, id: u32, lent: &Lent) -> Result<()> {
         for (source, fd) in lent.device.sources().into_iter().enumerate() {
-            self.readiness.watch(fd, token(id, source) | SOURCE, Edge::Ends)?;
+            self.readiness.watch(fd, token(id, source) | SOURCE, Edge::Both)?;
         }
         Ok(())
     }
 
     /// Serves a device, and listens to what it has now.
-    fn serve(&mut self, id: u32, wake: Wake) {
+    fn serve(&mut self, id: u32, wakes: impl IntoIterator<Item = Wake>) {
         let Some(lent) = self.lent.get_mut(&id) else { return };
-        serve(self.track.as_ref(), id, lent, wake);
+        lent.serve(wakes.into_iter(), self.track.as_ref().map(|track| (track, id)));
         if std::mem::take(&mut lent.active.sources_changed)
             && let Some(lent) = self.lent.get(&id)
         {
@@ -140,7 +202,7 @@ impl Devices {
     fn go_on(&mut self) {
         self.running = true;
         let all: Vec<_> = self.lent.keys().copied().collect();
-        all.into_iter().for_each(|id| self.serve(id, Wake::Start));
+        all.into_iter().for_each(|id| self.serve(id, [Wake::Start]));
     }
 
     /// Tells all devices that their machine is another one now.
@@ -154,7 +216,13 @@ impl Devices {
         if self.readiness.wait(patience, ready).is_err() {
             ready.clear();
         }
-        ready.drain(..).filter(|token| *token != BELL).for_each(|token| self.wake(token));
+        ready.retain(|token| *token != BELL);
+        // A driver hears of all that its device does in one turn together.
+        ready.sort_unstable_by_key(|token| device(*token));
+        for tokens in ready.chunk_by(|one, other| device(*one) == device(*other)) {
+            let id = tokens.first().copied().map(device).unwrap_or_default();
+            self.serve(id, tokens.iter().copied().map(wake));
+        }
     }
 
     /// Gives a device back, with what is in flight: [`Lent::settle`] is due, for which not all devices are to wait.
@@ -168,18 +236,6 @@ impl Devices {
     /// A device at work.
     pub fn get(&mut self, id: u32) -> Option<&mut Lent> {
         self.lent.get_mut(&id)
-    }
-
-    fn wake(&mut self, token: u64) {
-        let index = (token & (SOURCE - 1)) as usize;
-        let wake = match (token & SOURCE, token & ENDED) {
-            (0, _) => Wake::Queue(index),
-            (_, 0) => Wake::Source(index),
-            _ => Wake::Ended(index),
-        };
-        if let Ok(id) = u32::try_from((token & !ENDED) >> 32) {
-            self.serve(id, wake);
-        }
     }
 }
 
@@ -206,7 +262,7 @@ impl Bench {
     /// The host has no descriptor left.
     pub fn new() -> Result<Self> {
         let bell = eventfd().context("eventfd for virtio")?;
-        let readiness = Readiness::new().context("epoll for virtio")?;
+        let readiness = Arc::new(Readiness::new().context("epoll for virtio")?);
         readiness.watch(fd_of(&bell), BELL, Edge::Edge)?;
         let parked = Some(Devices { lent: BTreeMap::new(), readiness, running: false, track: None });
         Ok(Self(Arc::new(Shared { inner: Mutex::new(Inner { parked, jobs: Vec::new(), stop: false }), bell })))

@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
@@ -142,6 +142,41 @@ impl Buffers {
         done
     }
 
+    /// Reads what a socket has into the first [`MOST_PIECES`] - 1 pieces, and one byte more, by which one sees that there was
+    /// more. Descriptors that come with it are closed.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn read_from(&mut self, socket: impl AsFd) -> io::Result<Came> {
+        let mut byte = 0;
+        self.pieces.truncate(MOST_PIECES - 1);
+        if !self.is_writable() {
+            return Err(io::Error::from_raw_os_error(libc::EFAULT));
+        }
+        let room = self.size() as usize;
+        self.pieces.push(libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 });
+        // SAFETY: all zeroes is a valid message: no address, no pieces, nothing beside them.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        (message.msg_iov, message.msg_iovlen) = (self.pieces.as_mut_ptr(), self.pieces.len() as _);
+        // SAFETY: each piece may be written to, as `push` was promised; the last is `byte`, which is ours.
+        let result = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut message, 0) };
+        self.pieces.pop();
+        let all = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        let cut = message.msg_flags & libc::MSG_CTRUNC != 0;
+        Ok(Came { count: all.min(room), more: (all > room).then_some(byte), cut })
+    }
+
+    /// Writes what is in the first [`MOST_PIECES`] pieces to `fd`; gives how many bytes it took.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn write_to(&self, fd: impl AsFd) -> io::Result<usize> {
+        let (pieces, count) = self.raw();
+        // SAFETY: each piece may be read, as `push` was promised, while it is borrowed.
+        let result = unsafe { libc::writev(fd.as_fd().as_raw_fd(), pieces, count as i32) };
+        usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
     /// All pieces begin and end at multiples of `align`, a power of two: what a file without a cache wants.
     pub fn is_aligned(&self, align: usize) -> bool {
         let odd = |piece: &libc::iovec| (piece.iov_base.addr() | piece.iov_len) & align.saturating_sub(1) != 0;
@@ -163,6 +198,17 @@ impl Buffers {
     pub(super) fn is_writable(&self) -> bool {
         self.keep.is_some()
     }
+}
+
+/// What [`Buffers::read_from`] has read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Came {
+    /// Bytes in the pieces.
+    pub count: usize,
+    /// The byte behind them.
+    pub more: Option<u8>,
+    /// The kernel stopped behind a message with descriptors: there may be more all the same.
+    pub cut: bool,
 }
 
 /// What is to be done with a part of a file.

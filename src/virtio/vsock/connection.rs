@@ -1,24 +1,84 @@
 //! One connection: what each side has said, what waits, and how much each may still send.
 //!
-//! Invariant: at most [`BUFFER`] bytes of the guest's wait for the host's side, and no more is sent to the guest than it
+//! Invariant: at most [`BUFFER`] bytes of the guest's, or [`LARGE`] where it was let grow, wait for the host's side, and no more is sent to the guest than it
 //! has said that it takes.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Error, ErrorKind, Result, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::packet::{Header, NO_RECEIVE, NO_SEND, op};
+use super::PACKET;
+use super::packet::{HEADER, Header, NO_RECEIVE, NO_SEND, op};
+use crate::host::sys::disk::{Buffers, Came, MOST_PIECES};
+use crate::virtio::{Chain, Part};
 
 /// Bytes of the guest's that may wait for a host's side that reads slowly: what we tell the guest as our buffer.
 pub const BUFFER: u32 = 64 << 10;
-/// The guest is told of room that it does not know of once there is so much.
-pub const TELL: u32 = BUFFER / 4;
+/// The same for a host's side that has read much, where there is room for it: the guest has to be told less often.
+pub const LARGE: u32 = 1 << 20;
+/// So much it has to have read: more than can be in its socket.
+const MUCH: u32 = 8 * BUFFER;
 
 /// Most chains that data is read for at once.
 const MOST_CHAINS: usize = 32;
+
+/// Where the next packets for the guest go: chains of its own, each with room for more than a header.
+pub struct Landing<'a> {
+    /// The chains.
+    pub chains: &'a [Chain],
+    /// What describes their memory, kept so that nothing is allocated.
+    pub parts: &'a mut Vec<Part>,
+    /// The same for the kernel.
+    pub buffers: &'a mut Buffers,
+    /// The first byte of the data, where it was read before.
+    pub first: Option<u8>,
+}
+
+impl Landing<'_> {
+    /// Bytes of data that there is room for in a chain.
+    pub fn room(chain: &Chain) -> usize {
+        PACKET.min((chain.left_to_write() as usize).saturating_sub(HEADER))
+    }
+
+    /// The same in all of them.
+    fn size(&self) -> usize {
+        self.chains.iter().map(Self::room).sum()
+    }
+
+    /// How many chains the next data is to be read for, if it was so many: more as long as there is more, fewer where most
+    /// stay empty.
+    fn wanted(&self, was: usize, came: usize, more: bool) -> usize {
+        let few: usize = self.chains.iter().take(was.div_ceil(4)).map(Self::room).sum();
+        match more {
+            true => (2 * was).min(MOST_CHAINS),
+            false if came <= few => (was / 2).max(1),
+            false => was,
+        }
+    }
+
+    /// Reads at most `size` bytes to behind headers and the first byte.
+    fn read(&mut self, socket: &UnixStream, size: usize) -> Result<Came> {
+        let (mut skip, mut left) = (usize::from(self.first.is_some()), size);
+        self.parts.clear();
+        for chain in self.chains {
+            // More than these are not read at once.
+            if self.parts.len() >= MOST_PIECES {
+                break;
+            }
+            left -= chain.look_write(HEADER + skip, left.min(Self::room(chain) - skip), self.parts);
+            skip = 0;
+        }
+        let chain = self.chains.first().ok_or(ErrorKind::InvalidInput)?;
+        let parts = self.parts.iter().map(|part| (part.addr, part.size as usize));
+        let lent = chain.memory().lend(parts, self.buffers);
+        let came = lent.map_err(Error::other).and_then(|()| self.buffers.read_from(socket));
+        self.buffers.clear();
+        came
+    }
+}
 
 /// What becomes of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,12 +108,18 @@ enum State {
 pub struct Connection {
     /// None once the host's side is through.
     socket: Option<UnixStream>,
+    /// The number by which the socket is watched.
+    pub source: u32,
     state: State,
     /// It is in the list of those that have something for the guest.
     pub queued: bool,
     // To the guest.
     /// There may be something to read.
     readable: bool,
+    /// A byte that was read already, by which we know that there is more.
+    ahead: Option<u8>,
+    /// The host's side has closed: what can be read is the last of it.
+    ended: bool,
     /// The flags of SHUTDOWN that hold for the host's side, and those that the guest was told.
     shut: u32,
     told_shut: u32,
@@ -61,13 +127,17 @@ pub struct Connection {
     peer_alloc: u32,
     peer_fwd: u32,
     sent: u32,
-    /// Chains of the guest's that the next data is read for: more as long as there is more.
+    /// Chains of the guest's that the next data is read for.
     wanted: usize,
     /// The guest has asked for credit, and we have asked it.
     owes_credit: bool,
     asked_credit: bool,
     // From the guest.
     waiting: VecDeque<u8>,
+    /// The room of the host's side is watched.
+    watched: bool,
+    /// What the guest is told as our buffer.
+    alloc: u32,
     fwd: u32,
     told_fwd: u32,
     /// The flags of SHUTDOWN that hold for the guest's side, and those that the host's side was told.
@@ -76,12 +146,15 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(socket: UnixStream, state: State) -> Self {
+    fn new(socket: UnixStream, source: u32, state: State) -> Self {
         Self {
             socket: Some(socket),
+            source,
             state,
             queued: false,
             readable: true,
+            ahead: None,
+            ended: false,
             shut: 0,
             told_shut: 0,
             peer_alloc: 0,
@@ -91,6 +164,8 @@ impl Connection {
             owes_credit: false,
             asked_credit: false,
             waiting: VecDeque::new(),
+            watched: false,
+            alloc: BUFFER,
             fwd: 0,
             told_fwd: 0,
             guest_shut: 0,
@@ -99,13 +174,13 @@ impl Connection {
     }
 
     /// One that the host's side began.
-    pub fn of_host(socket: UnixStream) -> Self {
-        Self::new(socket, State::Asking)
+    pub fn of_host(socket: UnixStream, source: u32) -> Self {
+        Self::new(socket, source, State::Asking)
     }
 
     /// One that the guest began, by this header.
-    pub fn of_guest(socket: UnixStream, header: &Header) -> Self {
-        let mut own = Self::new(socket, State::Granting);
+    pub fn of_guest(socket: UnixStream, source: u32, header: &Header) -> Self {
+        let mut own = Self::new(socket, source, State::Granting);
         own.credit(header);
         own
     }
@@ -118,6 +193,27 @@ impl Connection {
     /// Bytes of the guest's that wait.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Bytes that the guest may have more than others.
+    pub fn more(&self) -> usize {
+        (self.alloc - BUFFER) as usize
+    }
+
+    /// Its host's side has read so much that more would do good.
+    pub fn deserves_more(&self) -> bool {
+        let reads = self.socket.is_some() && self.shut & NO_RECEIVE == 0;
+        self.alloc == BUFFER && self.fwd >= MUCH && reads
+    }
+
+    /// The guest may have [`LARGE`] bytes wait; it is told at once.
+    pub fn grow(&mut self) {
+        (self.alloc, self.owes_credit) = (LARGE, true);
+    }
+
+    /// True once, when something waits for the first time: from then on the room of the host's side is to be watched.
+    pub fn needs_watch(&mut self) -> bool {
+        !self.waiting.is_empty() && !std::mem::replace(&mut self.watched, true)
     }
 
     /// The guest's credit, which every packet carries.
@@ -148,24 +244,35 @@ impl Connection {
     }
 
     /// The guest sends.
-    pub fn data(&mut self, bytes: &[u8]) -> Fate {
-        let allowed = self.waiting.len().saturating_add(bytes.len()) <= BUFFER as usize;
+    pub fn data(&mut self, bytes: &mut Buffers) -> Fate {
+        let size = bytes.size() as usize;
+        let allowed = self.waiting.len().saturating_add(size) <= self.alloc as usize;
         if self.state != State::Open || self.guest_shut & NO_SEND != 0 || !allowed {
             return Fate::Resets;
         }
-        let done = if self.waiting.is_empty() { self.put(bytes) } else { 0 };
-        if self.shut & NO_RECEIVE == 0 {
-            self.waiting.extend(bytes.get(done..).unwrap_or_default());
+        let mut done = 0;
+        if self.waiting.is_empty() {
+            done = self.put(size, |socket, _| {
+                let count = bytes.write_to(socket)?;
+                bytes.advance(count as u64);
+                Ok(count)
+            });
+        }
+        if done < size && self.shut & NO_RECEIVE == 0 {
+            let mut rest = vec![0; size - done];
+            bytes.copy_out(&mut rest);
+            self.waiting.extend(rest);
         }
         Fate::Stays
     }
 
-    /// Hands bytes to the host's side; gives how many it took. One that is gone takes them all.
-    fn put(&mut self, bytes: &[u8]) -> usize {
+    /// Hands so many bytes to the host's side; `write` tries those from an offset on. Gives how many it took. One that is
+    /// gone takes them all.
+    fn put(&mut self, size: usize, mut write: impl FnMut(&UnixStream, usize) -> Result<usize>) -> usize {
         let mut done = 0;
-        while done < bytes.len() && self.shut & NO_RECEIVE == 0 {
-            let Some(mut socket) = self.socket.as_ref() else { break };
-            match socket.write(bytes.get(done..).unwrap_or_default()) {
+        while done < size && self.shut & NO_RECEIVE == 0 {
+            let Some(socket) = &self.socket else { break };
+            match write(socket, done) {
                 Ok(count @ 1..) => done += count,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     self.fwd = self.fwd.wrapping_add(done as u32);
@@ -175,8 +282,8 @@ impl Connection {
                 Ok(_) | Err(_) => self.shut |= NO_RECEIVE,
             }
         }
-        self.fwd = self.fwd.wrapping_add(bytes.len() as u32);
-        bytes.len()
+        self.fwd = self.fwd.wrapping_add(size as u32);
+        size
     }
 
     /// Hands over what waits.
@@ -185,8 +292,12 @@ impl Connection {
             let mut waiting = std::mem::take(&mut self.waiting);
             let bytes = waiting.as_slices().0;
             let size = bytes.len();
-            let done = self.put(bytes);
+            let done = self.put(size, |mut socket, done| socket.write(bytes.get(done..).unwrap_or_default()));
             waiting.drain(..done);
+            // Room that is not used is nobody's.
+            if waiting.capacity() > 4 * waiting.len() {
+                waiting.shrink_to(2 * waiting.len());
+            }
             self.waiting = waiting;
             if done < size {
                 return;
@@ -201,8 +312,9 @@ impl Connection {
         self.guest_shut |= flags & (NO_RECEIVE | NO_SEND);
     }
 
-    /// Something has become of the host's side.
-    pub fn wake(&mut self) -> Fate {
+    /// Something has become of the host's side; `ended`: it has closed.
+    pub fn wake(&mut self, ended: bool) -> Fate {
+        self.ended |= ended;
         match self.state {
             // The guest has not heard of it.
             State::Asking if self.is_hung_up() => return Fate::Ends,
@@ -251,14 +363,20 @@ impl Connection {
         Fate::Stays
     }
 
+    /// The guest asked for it, or there is much room that it does not know of.
+    fn must_tell(&self) -> bool {
+        self.owes_credit || self.fwd.wrapping_sub(self.told_fwd) >= self.alloc / 2
+    }
+
     /// There is something for the guest, or may be.
     pub fn wants(&self) -> bool {
         match self.state {
             State::Asking | State::Granting => true,
             State::Asked => false,
             State::Open => {
-                let credit = self.owes_credit || self.fwd.wrapping_sub(self.told_fwd) >= TELL;
-                credit || self.shut != self.told_shut || self.may_read() && (self.room() > 0 || !self.asked_credit)
+                self.must_tell()
+                    || self.shut != self.told_shut
+                    || self.may_read() && (self.room() > 0 || !self.asked_credit)
             }
         }
     }
@@ -272,9 +390,10 @@ impl Connection {
         self.readable && self.socket.is_some() && self.shut & NO_SEND == 0 && self.guest_shut & NO_RECEIVE == 0
     }
 
-    /// The next packet for the guest: its header, and its data in `into`; none where there is nothing after all.
-    pub fn next(&mut self, into: &mut [u8]) -> Option<Header> {
-        let mut header = Header { buf_alloc: BUFFER, fwd_cnt: self.fwd, ..Header::default() };
+    /// The next packets for the guest: their header, with the length of all their data, which is there already but for its
+    /// first byte; none where there is nothing after all.
+    pub fn next(&mut self, into: &mut Landing) -> Option<Header> {
+        let mut header = Header { buf_alloc: self.alloc, fwd_cnt: self.fwd, ..Header::default() };
         match self.state {
             State::Asking => (self.state, header.op) = (State::Asked, op::REQUEST),
             State::Granting => (self.state, header.op) = (State::Open, op::RESPONSE),
@@ -294,7 +413,7 @@ impl Connection {
             (*flags, self.told_shut) = (self.shut, self.shut);
             return Some(op::SHUTDOWN);
         }
-        if self.owes_credit || self.fwd.wrapping_sub(self.told_fwd) >= TELL {
+        if self.must_tell() {
             return Some(op::CREDIT_UPDATE);
         }
         if self.may_read() && self.room() == 0 && !self.asked_credit {
@@ -304,34 +423,37 @@ impl Connection {
         None
     }
 
-    /// Reads what the guest can take.
-    fn read(&mut self, into: &mut [u8]) -> u32 {
-        let size = into.len().min(self.room() as usize);
-        let Some(into) = into.get_mut(..size).filter(|into| !into.is_empty() && self.may_read()) else { return 0 };
-        let Some(mut socket) = self.socket.as_ref() else { return 0 };
-        match socket.read(into) {
-            Ok(0) => {
-                self.shut |= NO_SEND;
-                if self.is_hung_up() {
-                    self.shut |= NO_RECEIVE;
+    /// Reads what the guest can take, and a byte more: without that one would have to ask once more each time. Where it is
+    /// not there, all was read that was there, and what follows will be told of; but not once the end was told of.
+    fn read(&mut self, into: &mut Landing) -> u32 {
+        let size = into.size().min(self.room() as usize);
+        if size == 0 || !self.may_read() {
+            return 0;
+        }
+        let Some(socket) = &self.socket else { return 0 };
+        into.first = self.ahead.take();
+        let mut came = usize::from(into.first.is_some());
+        if size > came {
+            match into.read(socket, size - came) {
+                Ok(Came { count: 0, .. }) => {
+                    self.shut |= NO_SEND;
+                    if self.is_hung_up() {
+                        self.shut |= NO_RECEIVE;
+                    }
                 }
-                0
-            }
-            Ok(count) => {
-                self.wanted = if count == size { (2 * self.wanted).min(MOST_CHAINS) } else { 1 };
-                self.sent = self.sent.wrapping_add(count as u32);
-                count as u32
-            }
-            Err(e) if e.kind() == ErrorKind::Interrupted => 0,
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                self.readable = false;
-                0
-            }
-            // It is gone, and what it had not read with it.
-            Err(_) => {
-                self.shut |= NO_SEND | NO_RECEIVE;
-                0
+                Ok(Came { count, more, cut }) => {
+                    self.readable = more.is_some() || cut || self.ended;
+                    self.wanted = into.wanted(self.wanted, came + count, more.is_some());
+                    self.ahead = more;
+                    came += count;
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
+                // It is gone, and what it had not read with it.
+                Err(_) => self.shut |= NO_SEND | NO_RECEIVE,
             }
         }
+        self.sent = self.sent.wrapping_add(came as u32);
+        came as u32
     }
 }

@@ -20,15 +20,14 @@ use anyhow::{Context, Result};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::net::RecvFlags;
 
-use self::connection::{Connection, Fate};
+use self::connection::{BUFFER, Connection, Fate, LARGE, Landing};
 use self::packet::{HEADER, HOST, Header, STREAM, op};
-use super::{Active, Chain, Kind, Queue, VirtioDevice, Wake};
+use super::{Active, Chain, Kind, Part, Queue, VirtioDevice, Wake, Watcher};
 use crate::bus::Saved;
 use crate::config::Words;
 use crate::device::{Stateless, unwrap, wrap};
-use crate::event::{BATCH, Edge, Readiness};
-use crate::host::output::Bell;
 use crate::host::socket::{Listener, check_path, connect};
+use crate::host::sys::disk::{Buffers, MOST_PIECES};
 
 /// Of the saved state.
 const VERSION: u32 = 1;
@@ -36,6 +35,8 @@ const VERSION: u32 = 1;
 const MOST: usize = 4096;
 /// Bytes of the guest's that wait for the host's side, in all connections; one that would keep more is reset.
 const POOL: usize = 32 << 20;
+/// More of them, in at most 16 connections that may keep more than others: as much as those are promised.
+const EXTRA: usize = 16 * (LARGE - BUFFER) as usize;
 /// Resets that the guest has not taken yet; with so many, what it sends is looked at no further.
 const RESETS: usize = 1024;
 /// Clients that have not said yet which port they want.
@@ -46,10 +47,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const LINE: usize = "CONNECT 4294967295\n".len();
 /// Most data of one packet.
 const PACKET: usize = 64 << 10;
-/// Most data that is read from the host's side at once, for several packets.
-const AHEAD: usize = 2 * PACKET;
-/// Batches of events that are taken before the guest has its turn.
-const BATCHES: usize = 64;
 /// Ports on the host's side of connections that the host began, from here on.
 const FIRST_PORT: u32 = 1 << 30;
 /// VIRTIO_VSOCK_F_STREAM
@@ -64,19 +61,17 @@ const KIND: Kind = Kind { name: "virtio-vsock", id: 19, class: 0x07_8000, queues
 /// A connection's ports: the guest's, the host's.
 type Key = (u32, u32);
 
-/// No port has this number (VMADDR_PORT_ANY): tokens of what is no connection.
+/// No port has this number (VMADDR_PORT_ANY).
 const NO_PORT: u32 = u32::MAX;
-const LISTENER: u64 = token((0, NO_PORT));
-const BELL: u64 = token((1, NO_PORT));
-const FIRST_NEWCOMER: u32 = 2;
-
-const fn token((guest, host): Key) -> u64 {
-    (host as u64) << 32 | guest as u64
-}
+/// The numbers by which descriptors are watched: the listener's, and the first of those that come and go.
+const LISTENER: usize = 0;
+const FIRST_SOURCE: u32 = 1;
+/// There are no more numbers than this.
+const SOURCES: u32 = 1 << 31;
 
 /// A client that has not said yet which port it wants.
 struct Newcomer {
-    id: u32,
+    source: u32,
     since: Instant,
     socket: UnixStream,
 }
@@ -92,27 +87,33 @@ pub struct Vsock {
     listener: Listener,
     /// Somebody may wait there.
     knocking: bool,
-    inside: Readiness,
-    /// What it tells of, kept so that nothing is allocated.
-    ready: Vec<u64>,
-    /// Rung where events are left for the next turn.
-    bell: Bell,
+    /// Watches what else there is.
+    watcher: Option<Watcher>,
     // State
     newcomers: VecDeque<Newcomer>,
-    next_newcomer: u32,
+    next_source: u32,
     next_port: u32,
     connections: HashMap<Key, Connection>,
+    /// Each of them by the number by which it is watched.
+    sources: HashMap<u32, Key>,
     /// Those that have something for the guest, in turn, each once.
     queue: VecDeque<Key>,
     /// Resets for the guest, each with the type of the packet that it answers.
     resets: VecDeque<(Key, u16)>,
     /// Bytes that wait in all connections.
     waiting: usize,
-    scratch: Vec<u8>,
-    /// Data that goes on to one connection together: so many of the first bytes of `scratch`.
-    batch: Option<(Key, usize)>,
+    /// What connections are promised beyond what all are.
+    promised: usize,
+    /// Data that goes on to one connection together: the last header of it, and so many bytes, which `parts` describes, of
+    /// the chains `gathered`.
+    batch: Option<(Header, usize)>,
+    gathered: Vec<Chain>,
     /// The guest's chains that are to be filled next.
     chains: Vec<Chain>,
+    // Kept so that nothing is allocated
+    parts: Vec<Part>,
+    landing: Vec<Part>,
+    buffers: Buffers,
 }
 
 impl Vsock {
@@ -135,123 +136,115 @@ impl Vsock {
         check_path(&path, "_4294967295".len()).context("--vsock")?;
         allow_descriptors();
         let listener = Listener::new(&path).context("--vsock")?;
-        let (inside, bell) = (Readiness::new().context("epoll")?, Bell::new().context("eventfd")?);
-        inside.watch(&listener, LISTENER, Edge::Edge)?;
-        inside.watch(&bell, BELL, Edge::Edge)?;
         Ok(Self {
             cid: cid.into(),
             path,
             most: MOST,
             listener,
             knocking: true,
-            inside,
-            ready: Vec::new(),
-            bell,
+            watcher: None,
             newcomers: VecDeque::new(),
-            next_newcomer: FIRST_NEWCOMER,
+            next_source: FIRST_SOURCE,
             next_port: 0,
             connections: HashMap::new(),
+            sources: HashMap::new(),
             queue: VecDeque::new(),
             resets: VecDeque::new(),
             waiting: 0,
-            scratch: vec![0; AHEAD],
+            promised: 0,
             batch: None,
+            gathered: Vec::new(),
             chains: Vec::new(),
+            parts: Vec::new(),
+            landing: Vec::new(),
+            buffers: Buffers::default(),
         })
     }
 
     /// Looks at what has happened on the host's side.
-    fn hear(&mut self) {
-        let mut ready = std::mem::take(&mut self.ready);
-        self.hear_all(&mut ready);
-        self.ready = ready;
-    }
-
-    fn hear_all(&mut self, ready: &mut Vec<u64>) {
-        for _ in 0..BATCHES {
-            let told = self.inside.wait(Some(Duration::ZERO), ready);
-            let mut all = ready.len() < BATCH;
-            if told.is_err() {
-                return;
-            }
-            for token in ready.drain(..) {
-                self.knocking |= token == LISTENER;
-                let (guest, host) = ((token & 0xffff_ffff) as u32, (token >> 32) as u32);
-                if host != NO_PORT {
-                    self.change((guest, host), Connection::wake);
-                } else if guest >= FIRST_NEWCOMER {
-                    self.listen_to(guest);
-                    // What has become of a client may be there to be heard already.
-                    all = false;
+    fn hear(&mut self, wake: Wake) {
+        match wake {
+            Wake::Queue(_) => {}
+            Wake::Start | Wake::Source(LISTENER) | Wake::Ended(LISTENER) => self.knocking = true,
+            Wake::Source(source) | Wake::Ended(source) => {
+                let (source, ended) = (source as u32, matches!(wake, Wake::Ended(_)));
+                if !self.sources.contains_key(&source) {
+                    self.listen_to(source, ended);
+                }
+                if let Some(key) = self.sources.get(&source) {
+                    self.change(*key, |connection| connection.wake(ended));
                 }
             }
-            // Who was let in has spoken already, as a rule.
-            if all && !self.welcome() {
-                return;
-            }
         }
-        self.bell.ring();
+        self.welcome();
     }
 
-    /// Lets clients in, while there is room for them; true where anyone came. It is tried after every event: the first that
-    /// ends makes room.
-    fn welcome(&mut self) -> bool {
-        let mut came = false;
+    /// A number that nothing is watched by.
+    fn source(&mut self) -> u32 {
+        loop {
+            let source = self.next_source;
+            self.next_source = (source + 1) % SOURCES;
+            let taken = self.sources.contains_key(&source) || self.newcomers.iter().any(|one| one.source == source);
+            if source >= FIRST_SOURCE && !taken {
+                return source;
+            }
+        }
+    }
+
+    fn watch(&self, socket: &UnixStream, source: u32) -> bool {
+        self.watcher.as_ref().is_some_and(|watcher| watcher.watch(socket, source))
+    }
+
+    /// Lets clients in, while there is room for them. It is tried after every event: the first that ends makes room.
+    fn welcome(&mut self) {
         while self.knocking {
             let full = self.newcomers.len() >= NEWCOMERS;
             if full && self.newcomers.front().is_none_or(|oldest| oldest.since.elapsed() < PATIENCE) {
-                return came;
+                return;
             }
-            let Ok(next) = self.listener.accept() else { return came };
+            let Ok(next) = self.listener.accept() else { return };
             self.knocking = next.is_some();
-            let Some(socket) = next else { return came };
+            let Some(socket) = next else { return };
             if full {
                 self.newcomers.pop_front();
             }
-            let id = self.next_newcomer;
-            self.next_newcomer = id.checked_add(1).unwrap_or(FIRST_NEWCOMER);
+            let source = self.source();
             // What it has written already makes an event at once.
-            if self.inside.watch(&socket, token((id, NO_PORT)), Edge::Edge).is_ok() {
-                self.newcomers.push_back(Newcomer { id, since: Instant::now(), socket });
+            if self.watch(&socket, source) {
+                self.newcomers.push_back(Newcomer { source, since: Instant::now(), socket });
             }
-            came = true;
         }
-        came
     }
 
-    /// A client says which port it wants, or has gone.
-    fn listen_to(&mut self, id: u32) {
-        let Some(at) = self.newcomers.iter().position(|newcomer| newcomer.id == id) else { return };
+    /// A client says which port it wants, or has gone; `ended`: it will say no more.
+    fn listen_to(&mut self, source: u32, ended: bool) {
+        let Some(at) = self.newcomers.iter().position(|newcomer| newcomer.source == source) else { return };
         let Some(newcomer) = self.newcomers.get(at) else { return };
         let said = wanted(&newcomer.socket);
-        if matches!(said, Said::NotYet) {
+        if matches!(said, Said::NotYet) && !ended {
             return;
         }
         let Some(Newcomer { socket, .. }) = self.newcomers.remove(at) else { return };
         if let Said::Port(guest) = said {
-            self.inside.forget(&socket);
-            self.begin(guest, socket);
+            self.begin(guest, socket, source);
         }
     }
 
     /// Asks the guest for a connection; where there can be none the client's ends.
-    fn begin(&mut self, guest: u32, socket: UnixStream) {
+    fn begin(&mut self, guest: u32, socket: UnixStream, source: u32) {
         let mut ports = (0..=MOST as u32).map(|n| FIRST_PORT + (self.next_port.wrapping_add(n) & (FIRST_PORT - 1)));
         let Some(host) = ports.find(|host| !self.connections.contains_key(&(guest, *host))) else { return };
         self.next_port = (host - FIRST_PORT).wrapping_add(1);
-        self.add((guest, host), Connection::of_host(socket));
+        self.add((guest, host), Connection::of_host(socket, source));
     }
 
-    /// Takes a connection in; false where there are too many.
-    fn add(&mut self, key: Key, connection: Connection) -> bool {
-        let room = self.connections.len() < self.most;
-        let watched = |socket| self.inside.watch(socket, token(key), Edge::Both).is_ok();
-        let taken = room && connection.socket().is_some_and(watched);
-        if taken {
+    /// Takes a connection in, whose socket is watched.
+    fn add(&mut self, key: Key, connection: Connection) {
+        if self.connections.len() < self.most {
+            self.sources.insert(connection.source, key);
             self.connections.insert(key, connection);
             self.change(key, |_| Fate::Stays);
         }
-        taken
     }
 
     /// Lets something happen to a connection, and sees to what follows from it.
@@ -263,17 +256,28 @@ impl Vsock {
             fate = connection.settle();
         }
         self.waiting = self.waiting - before + connection.waiting();
-        if fate == Fate::Stays && self.waiting > POOL && connection.waiting() > before {
+        if fate == Fate::Stays && self.waiting > POOL + self.promised && connection.waiting() > before {
             fate = Fate::Resets;
         }
         if fate == Fate::Stays {
+            if connection.deserves_more() && self.promised < EXTRA {
+                connection.grow();
+                self.promised += connection.more();
+            }
             if connection.wants() && !connection.queued {
                 connection.queued = true;
                 self.queue.push_back(key);
             }
+            if connection.needs_watch()
+                && let (Some(watcher), Some(socket)) = (&self.watcher, connection.socket())
+            {
+                watcher.watch_room(socket, connection.source);
+            }
             return;
         }
         self.waiting -= connection.waiting();
+        self.promised -= connection.more();
+        self.sources.remove(&connection.source);
         if connection.queued {
             self.queue.retain(|queued| *queued != key);
         }
@@ -288,47 +292,58 @@ impl Vsock {
         while self.resets.len() < RESETS
             && let Some(mut chain) = queue.pop()
         {
-            if let Some(header) = Header::read(&mut chain)
-                && (header.src_cid, header.dst_cid) == (self.cid, HOST)
-            {
-                self.receive(&header, &mut chain);
+            let header = Header::read(&mut chain);
+            let header = header.filter(|header| (header.src_cid, header.dst_cid) == (self.cid, HOST));
+            if let Some(header) = header {
+                let Some(chain) = self.gather(&header, chain, queue) else { continue };
+                self.pass_on(queue);
+                self.receive(&header);
+                queue.push(chain);
+            } else {
+                self.pass_on(queue);
+                queue.push(chain);
             }
-            queue.push(chain);
         }
-        self.pass_on();
+        self.pass_on(queue);
     }
 
-    /// Takes data of a packet to those that go on together; false where it is no such packet.
-    fn gather(&mut self, key: Key, header: &Header, chain: &mut Chain) -> bool {
-        let size = header.len as usize;
-        if header.kind != STREAM || header.op != op::RW || size > PACKET || header.len > chain.left_to_read() {
-            return false;
+    /// Takes a packet of data to a connection that there is to those that go on together; gives back any other.
+    fn gather(&mut self, header: &Header, mut chain: Chain, queue: &mut Queue) -> Option<Chain> {
+        let (key, size) = (header.key(), header.len as usize);
+        if (header.kind, header.op) != (STREAM, op::RW) || size > PACKET || header.len > chain.left_to_read() {
+            return Some(chain);
         }
-        if self.batch.is_some_and(|(other, done)| other != key || done + size > PACKET) {
-            self.pass_on();
+        let room = self.parts.len() < MOST_PIECES;
+        let goes_on = |(last, done): (Header, usize)| last.key() == key && done + size <= PACKET && room;
+        if !self.batch.is_some_and(goes_on) {
+            self.pass_on(queue);
+            if !self.connections.contains_key(&key) {
+                return Some(chain);
+            }
         }
-        let Some(connection) = self.connections.get_mut(&key) else { return false };
-        connection.credit(header);
-        let (_, done) = self.batch.unwrap_or((key, 0));
-        chain.read(self.scratch.get_mut(done..done + size).unwrap_or_default());
-        self.batch = Some((key, done + size));
-        true
+        let (_, done) = self.batch.unwrap_or((*header, 0));
+        self.batch = Some((*header, done + chain.take_read(size, &mut self.parts)));
+        self.gathered.push(chain);
+        None
     }
 
-    /// Hands what was gathered to its connection.
-    fn pass_on(&mut self) {
-        let Some((key, size)) = self.batch.take() else { return };
-        let scratch = std::mem::take(&mut self.scratch);
-        self.change(key, |connection| connection.data(scratch.get(..size).unwrap_or_default()));
-        self.scratch = scratch;
+    /// Hands what was gathered to its connection, and its chains back.
+    fn pass_on(&mut self, queue: &mut Queue) {
+        let Some((last, _)) = self.batch.take() else { return };
+        let mut buffers = std::mem::take(&mut self.buffers);
+        let parts = self.parts.drain(..).map(|part| (part.addr, part.size as usize));
+        let lent = queue.memory().lend(parts, &mut buffers);
+        self.change(last.key(), |connection| {
+            connection.credit(&last);
+            if lent.is_ok() { connection.data(&mut buffers) } else { Fate::Resets }
+        });
+        buffers.clear();
+        self.buffers = buffers;
+        queue.push_all(self.gathered.drain(..));
     }
 
-    fn receive(&mut self, header: &Header, chain: &mut Chain) {
-        let key = (header.src_port, header.dst_port);
-        if self.gather(key, header, chain) {
-            return;
-        }
-        self.pass_on();
+    fn receive(&mut self, header: &Header) {
+        let key = header.key();
         let known = header.kind == STREAM && self.connections.contains_key(&key);
         if !known {
             let begun = header.kind == STREAM && header.op == op::REQUEST && self.admit(key, header);
@@ -362,8 +377,13 @@ impl Vsock {
         if key.1 == NO_PORT || self.connections.len() >= self.most {
             return false;
         }
-        let socket = connect(&of_port(&self.path, key.1));
-        socket.is_ok_and(|socket| self.add(key, Connection::of_guest(socket, header)))
+        let Ok(socket) = connect(&of_port(&self.path, key.1)) else { return false };
+        let source = self.source();
+        let watched = self.watch(&socket, source);
+        if watched {
+            self.add(key, Connection::of_guest(socket, source, header));
+        }
+        watched
     }
 
     /// Gives the guest what there is for it.
@@ -408,23 +428,23 @@ impl Vsock {
             return 1;
         }
         let Some(key) = self.queue.pop_front() else { return 0 };
-        let room = |chain: &Chain| PACKET.min(chain.left_to_write() as usize - HEADER);
-        let all: usize = self.chains.iter().map(room).sum();
-        let mut packet = None;
-        if let Some(connection) = self.connections.get_mut(&key) {
-            connection.queued = false;
-            packet = connection.next(self.scratch.get_mut(..all.min(AHEAD)).unwrap_or_default());
-        }
-        let mut filled = 0;
+        let Some(connection) = self.connections.get_mut(&key) else { return 0 };
+        connection.queued = false;
+        let (parts, buffers) = (&mut self.landing, &mut self.buffers);
+        let mut landing = Landing { chains: &self.chains, parts, buffers, first: None };
+        let packet = connection.next(&mut landing);
+        let (mut first, mut filled) = (landing.first, 0);
         if let Some(header) = packet {
-            let mut rest = self.scratch.get(..header.len as usize).unwrap_or_default();
+            let mut rest = header.len as usize;
             for chain in &mut self.chains {
-                let (now, later) = rest.split_at(rest.len().min(room(chain)));
-                let header = Header { kind: STREAM, len: now.len() as u32, ..header };
+                let now = rest.min(Landing::room(chain));
+                let header = Header { kind: STREAM, len: now as u32, ..header };
                 chain.write(&addressed(key, header).bytes());
-                chain.write(now);
-                (rest, filled) = (later, filled + 1);
-                if rest.is_empty() {
+                // What was read is there already.
+                let before = first.take().map_or(0, |byte| chain.write(&[byte]));
+                chain.skip_write(now - before);
+                (rest, filled) = (rest - now, filled + 1);
+                if rest == 0 {
                     break;
                 }
             }
@@ -436,10 +456,11 @@ impl Vsock {
     /// Ends all connections.
     fn forget(&mut self) {
         self.connections.clear();
+        self.sources.clear();
         self.newcomers.clear();
         self.queue.clear();
         self.resets.clear();
-        self.waiting = 0;
+        (self.waiting, self.promised) = (0, 0);
     }
 }
 
@@ -503,13 +524,14 @@ impl VirtioDevice for Vsock {
     }
 
     fn sources(&self) -> Vec<BorrowedFd<'_>> {
-        vec![self.inside.as_fd()]
+        vec![self.listener.as_fd()]
     }
 
     fn service(&mut self, wake: Wake, active: &mut Active) {
-        if !matches!(wake, Wake::Queue(_)) {
-            self.hear();
+        if wake == Wake::Start {
+            self.watcher = active.watcher.clone();
         }
+        self.hear(wake);
         let [rx, tx, events] = active.queues.as_mut_slice() else { return };
         if active.moved
             && let Some(mut chain) = events.pop()

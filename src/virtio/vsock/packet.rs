@@ -58,6 +58,11 @@ pub struct Header {
 }
 
 impl Header {
+    /// The connection that it belongs to, by its sender, who is the guest.
+    pub fn key(&self) -> super::Key {
+        (self.src_port, self.dst_port)
+    }
+
     /// Reads one from the start of a chain.
     pub fn read(chain: &mut Chain) -> Option<Self> {
         let mut bytes = [0; HEADER];

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
-use bantam::virtio::worker::{Bench, Lent, Working};
+use bantam::virtio::worker::{Bench, Lent, Watcher, Working};
 use bantam::virtio::{Active, Queue, VirtioDevice, Wake, feature};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,6 +20,8 @@ pub struct Stage {
     pub kicks: u64,
     /// System calls of the driver, and of what stands for the rest of the world.
     pub calls: u64,
+    /// The number of the device's descriptor that the world is at.
+    pub source: usize,
 }
 
 enum Place {
@@ -40,7 +42,8 @@ impl Stage {
         let line = Arc::new(Line { count: AtomicU64::new(0), bell: interrupt.clone() });
         let queues = drivers.iter().map(|driver| driver.queue(line.clone())).collect();
         let ours = feature::EVENT_IDX | feature::INDIRECT_DESC | feature::VERSION_1;
-        let active = Active::new(queues, device.features() | ours);
+        let mut active = Active::new(queues, device.features() | ours);
+        active.watcher = Some(Watcher::alone()?);
         let place = match interrupt {
             None => Place::Alone(device, active),
             Some(interrupt) => {
@@ -52,7 +55,7 @@ impl Stage {
                 Place::Thread { bells, interrupt, _working: bench.start()? }
             }
         };
-        let mut stage = Self { drivers, line, place, kicks: 0, calls: 0 };
+        let mut stage = Self { drivers, line, place, kicks: 0, calls: 0, source: 0 };
         stage.wake(Wake::Start);
         Ok(stage)
     }
@@ -88,9 +91,10 @@ impl Stage {
         }
     }
 
-    /// Lets the device look at what the world has for it. On its thread it does so by itself.
+    /// Lets the device look at what the world has for it: at one descriptor, since it has no other that matters. On its
+    /// thread it does so by itself.
     pub fn look(&mut self) {
-        self.wake(Wake::Source(0));
+        self.wake(Wake::Source(self.source));
     }
 
     /// Waits for an interrupt, unless something has come back meanwhile.

@@ -49,7 +49,9 @@ impl Sockets {
         let device = Vsock::new(&format!("cid=3,path={}", path.display()).parse()?)?;
         let server = path.with_file_name(format!("{}_7", path.file_name().context("a name")?.to_string_lossy()));
         let listener = UnixListener::bind(&server).context("the server")?;
-        let stage = Stage::new(Box::new(device), thread)?;
+        let mut stage = Stage::new(Box::new(device), thread)?;
+        // The first connection's; 0 is whom clients knock at.
+        stage.source = 1;
         for slot in 0..DEPTH {
             stage.drivers.get(RX).context("a queue")?.shape(slot, &[], &[(HEADER + IN) as u32])?;
             stage.drivers.get(TX).context("a queue")?.shape(slot, &[HEADER as u32, OUT as u32], &[])?;
