@@ -11,10 +11,11 @@ mod shell;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::{bantam, kvm};
-use guest::linux;
+use guest::{beside, linux};
 use shell::Shell;
 
 fn disk(folder: &Path, name: &str, size: u64) -> String {
@@ -87,4 +88,39 @@ fn what_was_flushed_is_there_after_the_monitor_was_killed() {
             assert!(record.iter().eq(line.as_bytes().iter().cycle().take(SIZE)), "seed {seed}: {number} of {kept}");
         }
     }
+}
+
+/// What `cargo xtask bench io --host` shows: the same program on the same file, in the guest and beside it.
+#[test]
+fn a_disk_beside_the_hosts_own_speed() {
+    const SIZE: u64 = 32 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let path = disk(folder.path(), "disk", SIZE);
+    let Some(mut shell) = Shell::start(&format!("--memory 256M --disk {path},serial=one"), "virtio_blk") else {
+        return;
+    };
+    // The disk is the guest's; the host's own file is another.
+    let file = disk(folder.path(), "file", SIZE);
+    let timed = |work: &mut dyn FnMut()| {
+        let start = Instant::now();
+        work();
+        start.elapsed()
+    };
+    for (what, words) in [
+        ("written and flushed", "if=/dev/zero of=FILE bs=64k count=512 conv=fsync,notrunc"),
+        ("read from the host's page cache", "if=FILE of=/dev/null bs=64k"),
+    ] {
+        let command = |file: &str| format!("dd {} 2>/dev/null", words.replace("FILE", file));
+        let own = timed(&mut || assert!(Command::new("sh").args(["-c", &command(&file)]).status().unwrap().success()));
+        shell.run("echo 3 >/proc/sys/vm/drop_caches");
+        // Typing takes time, too.
+        let typed = timed(&mut || shell.run("true"));
+        let guests = timed(&mut || shell.run(&command("/dev/vda")));
+        beside(&format!("disk, {what} in 64 KiB"), SIZE, own, guests.saturating_sub(typed));
+    }
+    let mut bytes = [1; 4096];
+    File::open(&path).unwrap().read_exact_at(&mut bytes, SIZE - 4096).unwrap();
+    assert_eq!(bytes, [0; 4096]);
+    shell.guest.signal("KILL");
+    shell.guest.end().expect(128 + 9);
 }

@@ -52,6 +52,13 @@ pub fn note(text: &str) {
     let _ = std::io::stderr().write_all(format!("-- linux: {text}\n").as_bytes());
 }
 
+/// Shows a guest's speed beside that of its host.
+pub fn beside(what: &str, bytes: u64, own: Duration, guests: Duration) {
+    let rate = |took: Duration| bytes as f64 / took.as_secs_f64().max(1e-6) / f64::from(1 << 20);
+    let (own, guests) = (rate(own), rate(guests));
+    note(&format!("beside | {what} | {own:.0} | {guests:.0} | {:.2} |", guests / own));
+}
+
 /// A guest that runs.
 pub struct Guest {
     child: Child,

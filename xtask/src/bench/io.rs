@@ -4,12 +4,14 @@
 //! same bytes with the fewest copies and system calls that there are: `src/bin/io` says how.
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::{Series, about, calls, subject, value, verdict};
+use crate::arch::Arch;
 use crate::sh;
 
 /// Words of `cargo xtask bench io`.
@@ -21,6 +23,39 @@ pub struct Words {
     /// Requests of a run
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1000..))]
     requests: u32,
+    /// In a test host instead: a Linux guest's disk and card, beside what the host's own programs do with theirs
+    #[arg(long, value_name = "ARCH", conflicts_with_all = ["runs", "requests"])]
+    host: Option<Arch>,
+}
+
+/// Two tests say so.
+const BESIDE: &str = "beside_the_hosts_own_speed";
+
+/// Shows what those tests say.
+fn beside(arch: Arch) -> Result<ExitCode> {
+    let itself = std::env::current_exe().context("this program")?;
+    let mut test = Command::new(itself);
+    test.args(["test", "--only", arch.name(), BESIDE]).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = test.spawn().context("cargo xtask test")?;
+    let told = BufReader::new(child.stderr.take().context("no stderr")?);
+    let mut rows = Vec::new();
+    for line in told.lines() {
+        let line = line?;
+        match line.strip_prefix("-- linux: beside ") {
+            Some(row) => rows.push(row.to_owned()),
+            None => eprintln!("{line}"),
+        }
+    }
+    if !child.wait()?.success() || rows.is_empty() {
+        bail!("`cargo xtask test --only {} {BESIDE}` says why", arch.name());
+    }
+    println!("\n{}\n", about(&subject::when()));
+    println!(
+        "| {} test host, MiB a second | the host's own | a Linux guest's | ratio |\n|---|---|---|---|",
+        arch.name()
+    );
+    rows.iter().for_each(|row| println!("{row}"));
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What is measured: its key, what it is, and the part of the floor's rate that is promised.
@@ -37,6 +72,9 @@ const COUNTS: [(&str, f64); 4] = [("kicks", 0.2), ("interrupts", 0.2), ("calls",
 
 /// Measures and prints.
 pub fn run(words: &Words) -> Result<ExitCode> {
+    if let Some(arch) = words.host {
+        return beside(arch);
+    }
     sh::run(sh::cargo(&["build", "--quiet", "--release", "-p", "xtask", "--features", "inside", "--bin", "io"]))?;
     let folder = sh::target().join("bench").join("io");
     let _ = fs::remove_dir_all(&folder);
