@@ -395,6 +395,16 @@ fn a_device_answers_its_driver() {
     assert!(rig.drivers[1].used().is_none() && rig.drivers[1].out() == 0 && !rig.is_broken());
 }
 
+/// Sends bytes and a descriptor with them.
+pub fn send_with_descriptor(socket: &std::os::unix::net::UnixStream, bytes: &[u8]) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut room = [std::mem::MaybeUninit::uninit(); 64];
+    let fds = [rustix::stdio::stderr()];
+    let mut beside = SendAncillaryBuffer::new(&mut room);
+    assert!(beside.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(socket, &[std::io::IoSlice::new(bytes)], &mut beside, SendFlags::empty()).unwrap();
+}
+
 /// This host is one that `cargo xtask test` made, of QEMU without hardware's help.
 pub fn host_is_emulated() -> bool {
     std::env::var_os("BANTAM_HOST_IS_TCG").is_some()

@@ -3,6 +3,7 @@
 //! The other end is another machine, or passt, a program that is a whole network in itself and needs no rights. Invariant:
 //! what comes from there is bounded and checked; one that breaks the rule is hung up on, and that is a link that is down.
 
+use std::io::IoSliceMut;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::{Errno, FdFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, RecvMsg, ReturnFlags, recvmsg};
 
 use super::{Chain, FRAME, HEADER, Sent, Wire};
 use crate::error::refuse;
@@ -156,10 +158,12 @@ impl Stream {
         (self.start, self.end) = (FRONT, FRONT + self.end - self.start);
         let Some(peer) = &self.peer else { return false };
         let room = self.incoming.get_mut(self.end..).unwrap_or_default();
-        match rustix::io::read(peer, &mut *room) {
-            Ok(count @ 1..) => {
-                // Less than there was room for was all.
-                self.drained = count < room.len() && !self.ended;
+        let size = room.len();
+        let mut beside = RecvAncillaryBuffer::default();
+        match recvmsg(peer, &mut [IoSliceMut::new(room)], &mut beside, RecvFlags::empty()) {
+            Ok(RecvMsg { bytes: count @ 1.., flags, .. }) => {
+                // Less than there was room for was all; but what comes with a descriptor comes by itself.
+                self.drained = count < size && !self.ended && !flags.contains(ReturnFlags::CTRUNC);
                 self.end += count;
             }
             Err(Errno::INTR) => {}

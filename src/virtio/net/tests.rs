@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::host::skipped;
-use crate::virtio::tests::{Rig, host_is_emulated};
+use crate::virtio::tests::{Rig, host_is_emulated, send_with_descriptor};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -245,6 +245,20 @@ fn p39_a_peer_that_leaves_is_missed_once_all_that_it_said_was_heard() {
         rig.wake(Wake::Ended(1));
         assert_eq!(rig.device.space()[6], 0);
     }
+}
+
+/// The kernel gives what was sent with a descriptor by itself, however much follows.
+#[test]
+fn descriptors_that_come_along_hold_nothing_up() {
+    let (_folder, path, mut rig) = listening();
+    (0..4).for_each(|_| _ = rig.drivers[RX].add(&[], &[2048]));
+    let mut peer = UnixStream::connect(&path).unwrap();
+    rig.wake(Wake::Source(0));
+    send_with_descriptor(&peer, &wrapped(&frame(60)));
+    peer.write_all(&wrapped(&frame(70))).unwrap();
+    rig.wake(Wake::Source(1));
+    let got: Vec<_> = used(&mut rig, RX).iter().map(|frame| frame.len() - HEADER).collect();
+    assert_eq!(got, [60, 70]);
 }
 
 #[test]

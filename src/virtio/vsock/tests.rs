@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::packet::{NO_RECEIVE, NO_SEND};
 use super::*;
-use crate::virtio::tests::{Rig, host_is_emulated};
+use crate::virtio::tests::{Rig, host_is_emulated, send_with_descriptor};
 
 const CID: u64 = 3;
 const RX: usize = 0;
@@ -298,14 +298,9 @@ fn p40_a_slow_reader_holds_its_own_connection_back_only() {
 /// The kernel gives what was sent with a descriptor by itself, however much follows.
 #[test]
 fn descriptors_that_come_along_hold_nothing_up() {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
     let mut guest = Guest::new(4096);
     let (_, mut client) = guest.open_by_host();
-    let (null, mut room) = (std::fs::File::open("/dev/null").unwrap(), [std::mem::MaybeUninit::uninit(); 64]);
-    let fds = [null.as_fd()];
-    let mut beside = SendAncillaryBuffer::new(&mut room);
-    assert!(beside.push(SendAncillaryMessage::ScmRights(&fds)));
-    sendmsg(&client, &[std::io::IoSlice::new(b"head")], &mut beside, SendFlags::empty()).unwrap();
+    send_with_descriptor(&client, b"head");
     client.write_all(b"body").unwrap();
     let mut got = Vec::new();
     while got.len() < 8 {
