@@ -53,6 +53,7 @@ fn accept_tcp(server: &TcpListener) -> TcpStream {
     server.set_nonblocking(true).unwrap();
     let (stream, _) = soon(|| server.accept());
     stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+    stream.set_write_timeout(Some(common::within(30.0))).unwrap();
     stream
 }
 
@@ -61,6 +62,7 @@ fn accept_unix(server: &UnixListener) -> UnixStream {
     server.set_nonblocking(true).unwrap();
     let (stream, _) = soon(|| server.accept());
     stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+    stream.set_write_timeout(Some(common::within(30.0))).unwrap();
     stream
 }
 
@@ -119,6 +121,44 @@ fn a_guest_and_its_host_send_each_other_a_stream_over_tap_and_p39_the_interface_
     assert!(sh("ip link del bt9 2>/dev/null || tunctl -d bt9"));
     guest.run("ping -c 1 -W 1 10.9.0.1; sleep 1; grep 0 /sys/class/net/eth0/carrier");
     guest.leave("exit\n");
+}
+
+/// A network of its own for this thread, and for what it starts.
+fn own_network() {
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    // SAFETY: the thread loses no memory and no descriptor; it sees another network.
+    #[allow(unsafe_code)]
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+}
+
+#[test]
+fn two_guests_on_a_bridge_send_each_other_a_stream() {
+    if guest::kernel(KERNEL).is_none() || !common::root() {
+        return;
+    }
+    own_network();
+    sh("modprobe -a tun bridge 2>/dev/null");
+    let join = |name| format!("tunctl -t {name} >/dev/null && brctl addif br4 {name} && ifconfig {name} up");
+    if !sh(&format!("brctl addbr br4 && ifconfig br4 up && {} && {}", join("bt4"), join("bt5"))) {
+        return common::skipped("no bridge can be made here");
+    }
+    let Some(mut left) = shell("--net tap:bt4,mac=52:54:00:00:00:04", NET) else { return };
+    let Some(mut right) = shell("--net tap:bt5,mac=52:54:00:00:00:05", NET) else { return };
+    left.run("ip addr add 10.4.0.4/24 dev eth0 && ip link set eth0 up");
+    right.run("ip addr add 10.4.0.5/24 dev eth0 && ip link set eth0 up && ping -c 1 10.4.0.4");
+    let (first, count) = common::soak().unwrap_or((1, 1));
+    for seed in first..first + count {
+        let (from, to, at) = if seed % 2 == 0 { (&mut left, &mut right, 5) } else { (&mut right, &mut left, 4) };
+        from.run(&format!("dd if=/dev/urandom of=/tmp/out bs=64k count={} 2>/dev/null", SIZE >> 16));
+        let sum = from.ask("md5sum </tmp/out");
+        to.begin("nc -l -p 4000 >/tmp/in; echo all \\come");
+        // It may not listen yet.
+        from.run(&format!("until nc 10.4.0.{at} 4000 </tmp/out; do sleep 1; done"));
+        to.until("all come");
+        to.is("md5sum </tmp/in", &sum);
+    }
+    left.leave("exit\n");
+    right.leave("exit\n");
 }
 
 /// What `cargo xtask bench io --host` shows: the same program sends to the same server, in the guest and beside it.
@@ -311,6 +351,7 @@ fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
     for _ in 0..2 {
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+        stream.set_write_timeout(Some(common::within(30.0))).unwrap();
         stream.write_all(b"CONNECT 52\n").unwrap();
         let mut line = [0; 14];
         stream.read_exact(&mut line).unwrap();

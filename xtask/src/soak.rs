@@ -44,7 +44,7 @@ struct Job {
 }
 
 /// Every job there is.
-const JOBS: [Job; 16] = [
+const JOBS: [Job; 17] = [
     Job {
         name: "loaders",
         count: 10_000_000,
@@ -63,8 +63,9 @@ const JOBS: [Job; 16] = [
     Job { name: "linux-arm64", count: PAIRINGS, chunk: 9, sample: false, command: &hosted("arm64", KERNELS) },
     Job { name: "reboot-x86_64", count: 1000, chunk: 100, sample: false, command: &hosted("x86_64", LIVES) },
     Job { name: "reboot-arm64", count: 1000, chunk: 50, sample: false, command: &hosted("arm64", LIVES) },
-    // Streams of 4 MiB each way: 1 GiB in all.
+    // Streams of 4 MiB, over tap each way: 1 GiB in all.
     Job { name: "tap", count: 256, chunk: 16, sample: false, command: &hosted("x86_64", STREAMS) },
+    Job { name: "bridge", count: 256, chunk: 32, sample: false, command: &hosted("x86_64", BRIDGE) },
     Job { name: "power", count: 500, chunk: 50, sample: false, command: &hosted("x86_64", KILLS) },
     Job {
         name: "snapshot-kills",
@@ -120,6 +121,7 @@ const KERNELS: &str = "every_kernel_runs_with_every_number_of_cpus_and_size_of_r
 const LIVES: &str = "with_reboot_the_machine_starts_anew";
 /// Of tests/net.rs.
 const STREAMS: &str = "a_guest_and_its_host_send_each_other_a_stream_over_tap";
+const BRIDGE: &str = "two_guests_on_a_bridge_send_each_other_a_stream";
 
 /// Of tests/snapshot.rs.
 const BUSY: &str = "a_busy_linux_that_was_loaded_is_saved_the_same";

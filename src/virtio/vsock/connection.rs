@@ -1,7 +1,7 @@
 //! One connection: what each side has said, what waits, and how much each may still send.
 //!
-//! Invariant: at most [`BUFFER`] bytes of the guest's, or [`LARGE`] where it was let grow, wait for the host's side, and no more is sent to the guest than it
-//! has said that it takes.
+//! Invariant: at most [`BUFFER`] bytes of the guest's, or [`LARGE`] where it was let grow, wait for the host's side, and no
+//! more is sent to the guest than it has said that it takes.
 
 use std::collections::VecDeque;
 use std::io::{Error, ErrorKind, Result, Write};
