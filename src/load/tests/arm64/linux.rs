@@ -62,7 +62,9 @@ fn a_kernel_lies_at_its_offset_after_a_multiple_of_2_mib() {
 fn the_kernel_is_told_of_its_words_its_disk_and_seeds() {
     let started = with_initrd(&["--cmdline", "hello"], arm_image(), 100_000).unwrap();
     let (span, bytes) = tree(&started);
-    assert!(holds(&bytes, b"console=ttyAMA0 cryptomgr.notests hello\0") && holds(&bytes, b"linux,initrd-start\0"));
+    assert!(
+        holds(&bytes, b"console=ttyAMA0 cma=0 cryptomgr.notests hello\0") && holds(&bytes, b"linux,initrd-start\0")
+    );
     assert!(holds(&bytes, b"kaslr-seed\0") && holds(&bytes, b"rng-seed\0"));
     // As high as it goes, and the tree below it.
     let disk = RAM + 4 * MIB - 102_400;
