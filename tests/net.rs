@@ -86,13 +86,18 @@ fn echo<S: Read + Write + Send>(mut reader: S, mut writer: S, bytes: &[u8]) -> V
     })
 }
 
+/// An interface of the host's; false where none can be made.
+fn tap(name: &str, address: &str) -> bool {
+    sh("modprobe tun 2>/dev/null");
+    sh(&format!("tunctl -t {name} >/dev/null && ifconfig {name} {address} netmask 255.255.255.0 up"))
+}
+
 #[test]
 fn a_guest_and_its_host_send_each_other_a_stream_over_tap_and_p39_the_interface_may_vanish() {
     if guest::kernel(KERNEL).is_none() || !common::root() {
         return;
     }
-    sh("modprobe tun 2>/dev/null");
-    if !sh("tunctl -t bt9 >/dev/null && ifconfig bt9 10.9.0.1 netmask 255.255.255.0 up") {
+    if !tap("bt9", "10.9.0.1") {
         return common::skipped("no tap interface can be made here");
     }
     let server = TcpListener::bind("10.9.0.1:5000").unwrap();
@@ -168,8 +173,7 @@ fn a_card_beside_the_hosts_own_speed() {
     if guest::kernel(KERNEL).is_none() || !common::root() {
         return;
     }
-    sh("modprobe tun 2>/dev/null");
-    if !sh("tunctl -t bt6 >/dev/null && ifconfig bt6 10.6.0.1 netmask 255.255.255.0 up") {
+    if !tap("bt6", "10.6.0.1") {
         return common::skipped("no tap interface can be made here");
     }
     let server = TcpListener::bind("10.6.0.1:5006").unwrap();
@@ -224,9 +228,8 @@ fn a_guest_reaches_a_server_of_its_host_over_a_user_network() {
     if guest::kernel(KERNEL).is_none() || !common::have("passt") {
         return;
     }
-    if gateway().is_none() && common::host_is_emulated() {
-        sh("modprobe tun 2>/dev/null; tunctl -t bt7 >/dev/null && ifconfig bt7 10.7.0.5 netmask 255.255.255.0 up && \
-            ip route add default via 10.7.0.1 dev bt7");
+    if gateway().is_none() && common::host_is_emulated() && tap("bt7", "10.7.0.5") {
+        sh("ip route add default via 10.7.0.1 dev bt7");
     }
     let Some(gateway) = gateway() else { return common::skipped("this host has no way out, which passt wants to see") };
     let server = TcpListener::bind("127.0.0.1:5001").unwrap();

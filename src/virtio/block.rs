@@ -29,6 +29,7 @@ use self::limit::Limit;
 use self::open::{Format, MOST_QUEUES, Own};
 pub use self::open::{Options, copy, open_own, serial};
 use self::request::{ID, MOST_DISCARD, MOST_ZEROES, Medium, Request, SECTOR, parse, status};
+use super::queue::lend;
 use super::{Active, Chain, Kind, Part, VirtioDevice, Wake};
 use crate::bus::Saved;
 use crate::config::Words;
@@ -218,15 +219,13 @@ impl Block {
     /// Gives a job to the engine, with the memory that its chain describes.
     fn start(&mut self, queue: usize, mut chain: Chain, mut job: Job, active: &mut Active) {
         let size = usize::try_from(job.size).unwrap_or(usize::MAX);
-        self.parts.clear();
         match job.work {
             Work::Read => chain.take_write(size, &mut self.parts),
             Work::Write { .. } => chain.take_read(size, &mut self.parts),
             _ => 0,
         };
         job.buffers = self.spare.pop().unwrap_or_default();
-        let parts = self.parts.iter().map(|part| (part.addr, part.size as usize));
-        if chain.memory().lend(parts, &mut job.buffers).is_err() {
+        if lend(chain.memory(), &mut self.parts, &mut job.buffers).is_err() {
             give_back(queue, chain, Some(status::IOERR), active);
             return;
         }

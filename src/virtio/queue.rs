@@ -8,8 +8,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use crate::host::sys::disk::Buffers;
 use crate::irq::IrqLine;
 use crate::memory::{Memory, Span};
 
@@ -186,6 +188,14 @@ fn collect(into: &mut Vec<Part>) -> impl FnMut(u64, usize, usize) -> bool {
         into.push(Part { addr, size: size as u32 });
         true
     }
+}
+
+/// Describes what lies at `parts`, which are none afterwards, for the kernel to read from or write to; as [`Memory::lend`].
+///
+/// # Errors
+/// Any of it is outside RAM.
+pub fn lend(memory: &Memory, parts: &mut Vec<Part>, into: &mut Buffers) -> Result<()> {
+    memory.lend(parts.drain(..).map(|part| (part.addr, part.size as usize)), into)
 }
 
 /// The sum does not overflow: a chain with more than 2^32 - 1 bytes breaks its queue.

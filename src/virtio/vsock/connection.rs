@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::PACKET;
 use super::packet::{HEADER, Header, NO_RECEIVE, NO_SEND, op};
 use crate::host::sys::disk::{Buffers, Came, MOST_PIECES};
+use crate::virtio::queue::lend;
 use crate::virtio::{Chain, Part};
 
 /// Bytes of the guest's that may wait for a host's side that reads slowly: what we tell the guest as our buffer.
@@ -29,7 +30,7 @@ const MOST_CHAINS: usize = 32;
 pub struct Landing<'a> {
     /// The chains.
     pub chains: &'a [Chain],
-    /// What describes their memory, kept so that nothing is allocated.
+    /// What describes their memory, empty before and after: kept so that nothing is allocated.
     pub parts: &'a mut Vec<Part>,
     /// The same for the kernel.
     pub buffers: &'a mut Buffers,
@@ -62,7 +63,6 @@ impl Landing<'_> {
     /// Reads at most `size` bytes to behind headers and the first byte.
     fn read(&mut self, socket: &UnixStream, size: usize) -> Result<Came> {
         let (mut skip, mut left) = (usize::from(self.first.is_some()), size);
-        self.parts.clear();
         for chain in self.chains {
             // More than these are not read at once.
             if self.parts.len() >= MOST_PIECES {
@@ -72,8 +72,7 @@ impl Landing<'_> {
             skip = 0;
         }
         let chain = self.chains.first().ok_or(ErrorKind::InvalidInput)?;
-        let parts = self.parts.iter().map(|part| (part.addr, part.size as usize));
-        let lent = chain.memory().lend(parts, self.buffers);
+        let lent = lend(chain.memory(), self.parts, self.buffers);
         let came = lent.map_err(Error::other).and_then(|()| self.buffers.read_from(socket));
         self.buffers.clear();
         came

@@ -22,6 +22,7 @@ use rustix::net::RecvFlags;
 
 use self::connection::{BUFFER, Connection, Fate, LARGE, Landing};
 use self::packet::{HEADER, HOST, Header, STREAM, op};
+use super::queue::lend;
 use super::{Active, Chain, Kind, Part, Queue, VirtioDevice, Wake, Watcher};
 use crate::bus::Saved;
 use crate::config::Words;
@@ -112,7 +113,6 @@ pub struct Vsock {
     chains: Vec<Chain>,
     // Kept so that nothing is allocated
     parts: Vec<Part>,
-    landing: Vec<Part>,
     buffers: Buffers,
 }
 
@@ -156,7 +156,6 @@ impl Vsock {
             gathered: Vec::new(),
             chains: Vec::new(),
             parts: Vec::new(),
-            landing: Vec::new(),
             buffers: Buffers::default(),
         })
     }
@@ -294,15 +293,14 @@ impl Vsock {
         {
             let header = Header::read(&mut chain);
             let header = header.filter(|header| (header.src_cid, header.dst_cid) == (self.cid, HOST));
-            if let Some(header) = header {
-                let Some(chain) = self.gather(&header, chain, queue) else { continue };
-                self.pass_on(queue);
-                self.receive(&header);
-                queue.push(chain);
-            } else {
-                self.pass_on(queue);
-                queue.push(chain);
-            }
+            let other = match &header {
+                Some(header) => self.gather(header, chain, queue),
+                None => Some(chain),
+            };
+            let Some(chain) = other else { continue };
+            self.pass_on(queue);
+            header.iter().for_each(|header| self.receive(header));
+            queue.push(chain);
         }
         self.pass_on(queue);
     }
@@ -331,8 +329,7 @@ impl Vsock {
     fn pass_on(&mut self, queue: &mut Queue) {
         let Some((last, _)) = self.batch.take() else { return };
         let mut buffers = std::mem::take(&mut self.buffers);
-        let parts = self.parts.drain(..).map(|part| (part.addr, part.size as usize));
-        let lent = queue.memory().lend(parts, &mut buffers);
+        let lent = lend(queue.memory(), &mut self.parts, &mut buffers);
         self.change(last.key(), |connection| {
             connection.credit(&last);
             if lent.is_ok() { connection.data(&mut buffers) } else { Fate::Resets }
@@ -430,7 +427,7 @@ impl Vsock {
         let Some(key) = self.queue.pop_front() else { return 0 };
         let Some(connection) = self.connections.get_mut(&key) else { return 0 };
         connection.queued = false;
-        let (parts, buffers) = (&mut self.landing, &mut self.buffers);
+        let (parts, buffers) = (&mut self.parts, &mut self.buffers);
         let mut landing = Landing { chains: &self.chains, parts, buffers, first: None };
         let packet = connection.next(&mut landing);
         let (mut first, mut filled) = (landing.first, 0);
