@@ -362,9 +362,11 @@ impl Connection {
         Fate::Stays
     }
 
-    /// The guest asked for it, or there is much room that it does not know of.
+    /// The guest asked for it, or there is much room that it does not know of: half of what it may have in flight, which
+    /// for Linux since 6.19 is no more than it would keep itself.
     fn must_tell(&self) -> bool {
-        self.owes_credit || self.fwd.wrapping_sub(self.told_fwd) >= self.alloc / 2
+        let most = self.alloc.min(self.peer_alloc);
+        self.owes_credit || self.fwd.wrapping_sub(self.told_fwd) >= (most / 2).max(1)
     }
 
     /// There is something for the guest, or may be.

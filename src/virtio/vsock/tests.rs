@@ -359,6 +359,28 @@ fn p40_a_connection_whose_host_reads_fast_may_keep_more() {
     assert_eq!((guest.rig.device.promised, guest.rig.device.sources.len()), (0, 0));
 }
 
+/// Linux since 6.19 has no more in flight than it would keep itself, however much it is allowed.
+#[test]
+fn p40_a_driver_that_does_not_use_all_it_may_is_told_in_time() {
+    let mut guest = Guest::new(128);
+    let server = guest.server();
+    for (n, own) in (0..).zip([0, 1, 100, 5000, 64 << 10, 256 << 10, 1 << 20, u32::MAX]) {
+        guest.credit = own;
+        let (_, mut stream) = guest.open_by_guest(n, &server);
+        let (mut sent, mut alloc, mut passed) = (0u32, connection::BUFFER, 0);
+        while sent < 3 * LARGE {
+            assert!(sent - passed < alloc.min(own.max(1)), "{own}: {sent}");
+            let size = (alloc.min(own.max(4096)) - (sent - passed)).min(4096);
+            guest.say((n, 7), op::RW, &vec![1; size as usize]);
+            sent += read(&mut stream, size as usize).len() as u32;
+            guest.turn();
+            // Of its last connection it may still hear.
+            let told = guest.came.drain(..).rfind(|(header, _)| header.dst_port == n);
+            told.into_iter().for_each(|(header, _)| (alloc, passed) = (header.buf_alloc, header.fwd_cnt));
+        }
+    }
+}
+
 #[test]
 fn p40_a_dead_peer_is_told_of_and_keeps_no_descriptor() {
     let mut guest = Guest::new(4096);
