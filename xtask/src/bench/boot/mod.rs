@@ -27,6 +27,9 @@ const FOLDER: &str = "bench";
 /// A host that takes longer than this hangs.
 const LIMIT: Duration = Duration::from_secs(600);
 
+/// The bench's smallest program: no kernel, one page of RAM, so that its first instruction is as early as one can be.
+const FLOOR: &str = "floor";
+
 /// Bytes of the guest's initramfs.
 const INITRAMFS: usize = 1 << 20;
 
@@ -66,9 +69,10 @@ pub fn run(words: &Words) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let arch = words.host.context("--host")?;
+    let files = files(arch)?;
     let mut subjects = vec![("bantam".to_owned(), cross::bantam(arch)?)];
     subjects.extend(words.peer.iter().map(|(name, path)| (name.clone(), path.clone())));
-    let files = files(arch)?;
+    subjects.push((FLOOR.to_owned(), cross::folder(arch).join(FLOOR)));
     let mut columns = Vec::new();
     for (name, path) in &subjects {
         let mut results = Vec::new();
@@ -88,7 +92,7 @@ pub fn run(words: &Words) -> Result<ExitCode> {
 fn files(arch: Arch) -> Result<Vec<(String, PathBuf)>> {
     sh::run(cross::cargo(
         arch,
-        &["build", "--quiet", "--release", "-p", "xtask", "--bin", "xtask", "--bin", "first"],
+        &["build", "--quiet", "--release", "-p", "xtask", "--bin", "xtask", "--bin", "first", "--bin", FLOOR],
     )?)?;
     let built = cross::folder(arch);
     let initrd = sh::target().join("bench").join(arch.name()).join("initrd.img");
