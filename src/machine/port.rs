@@ -14,6 +14,7 @@ use rustix::fs::OFlags;
 
 use super::streams::{Ended, Wish};
 use crate::config::Serial;
+use crate::console::Link;
 use crate::error::refuse;
 use crate::event::{Edge, Readiness};
 use crate::host::input::{self, Input, Key, Keys};
@@ -46,6 +47,8 @@ pub struct Port {
     pub input: Arc<Input>,
     /// Bytes of the guest.
     pub output: Option<Output>,
+    /// What the console on virtio says and is told besides; its device hears of input by itself.
+    pub link: Option<Link>,
     /// Which flusher carries them (for a socket that comes and goes).
     flusher: usize,
     on_stdout: bool,
@@ -76,10 +79,12 @@ impl Port {
     /// # Errors
     /// The file or the socket cannot be made.
     pub fn open(option: &'static str, to: &Serial, typed: bool, bell: Bell) -> Result<(Self, Target)> {
+        let link = (option == CONSOLE).then(|| Link::new(bell.clone()).context("eventfd")).transpose()?;
         let mut port = Self {
             option,
             input: Input::new(bell),
             output: None,
+            link,
             flusher: 0,
             on_stdout: *to == Serial::Stdio,
             source: Source::None,
@@ -111,7 +116,18 @@ impl Port {
                 Target::Socket
             }
         };
+        if let Some(link) = &port.link {
+            port.input.tell(link.bell().clone());
+        }
+        port.resized();
         Ok((port, target))
+    }
+
+    /// The terminal may have another size.
+    pub fn resized(&self) {
+        if let Some(link) = self.link.as_ref().filter(|_| self.on_stdout) {
+            link.resize(terminal::size().unwrap_or_default());
+        }
     }
 
     /// Its output goes there.
@@ -122,11 +138,6 @@ impl Port {
     /// What is typed goes to this port, and the terminal is ours.
     pub fn has_keys(&self) -> bool {
         self.keys.is_some()
-    }
-
-    /// Its output is shown on stdout.
-    pub fn is_stdout(&self) -> bool {
-        self.on_stdout
     }
 
     /// Starts watching.
@@ -176,6 +187,10 @@ impl Port {
         }
         if !always {
             self.pause_or_resume(readiness)?;
+        }
+        if let Some(link) = &self.link {
+            wish.input = false;
+            wish.end = wish.end.or(link.has_seen_until().then_some(Ended::Until));
         }
         Ok(wish)
     }

@@ -14,7 +14,7 @@ use super::control::Control;
 use super::port::{CONSOLE, Port, SERIAL, Target, create};
 use crate::arch;
 use crate::config::{Config, Serial};
-use crate::console::{HostConsole, HostTerminal, Link, Tail, Until};
+use crate::console::{HostConsole, HostTerminal, Tail, Until};
 use crate::event::Readiness;
 use crate::host::input::Input;
 use crate::host::output::{Bell, DELAY, Flusher, Left, Output, output};
@@ -28,9 +28,8 @@ const RETELL: Duration = Duration::from_millis(1);
 pub struct Streams {
     bell: Bell,
     stdout: Option<Output>,
-    serial: Port,
-    /// The console on virtio, where there is one.
-    console: Option<(Port, Link)>,
+    /// The serial port, and the console on virtio where there is one.
+    ports: Vec<Port>,
     trace: Option<Output>,
     /// Where the trace for a viewer goes, at the end.
     recording: Option<File>,
@@ -73,15 +72,18 @@ impl Streams {
     /// A file or socket cannot be made.
     pub fn open(config: &Config) -> Result<Self> {
         let bell = Bell::new().context("eventfd")?;
+        let console = config.console.as_ref().filter(|to| **to != Serial::None);
         // What is typed goes to one port only.
-        let typed = config.console != Some(Serial::Stdio);
-        let (serial, target) = Port::open(SERIAL, &config.serial, typed, bell.clone())?;
+        let typed = console != Some(&Serial::Stdio);
+        let mut opened = vec![Port::open(SERIAL, &config.serial, typed, bell.clone())?];
+        if let Some(to) = console {
+            opened.push(Port::open(CONSOLE, to, true, bell.clone())?);
+        }
         let control = Control::open(config, bell.clone())?;
         let mut streams = Self {
             bell,
             stdout: None,
-            serial,
-            console: None,
+            ports: Vec::new(),
             trace: None,
             recording: None,
             flushers: Vec::new(),
@@ -91,20 +93,14 @@ impl Streams {
             retell: false,
             control,
         };
-        if config.serial == Serial::Stdio || config.debugcon.is_some() || config.console == Some(Serial::Stdio) {
+        if config.debugcon.is_some() || opened.iter().any(|(_, target)| matches!(target, Target::Stdout)) {
             let stdout = rustix::io::dup(rustix::stdio::stdout()).context("stdout")?;
             streams.stdout = Some(streams.output(Some(stdout)).context("stdout")?);
         }
-        let (output, flusher) = streams.target(target)?;
-        streams.serial.connect(output, flusher);
-        if let Some(to) = config.console.as_ref().filter(|_| config.has_console()) {
-            let (mut port, target) = Port::open(CONSOLE, to, true, streams.bell())?;
+        for (mut port, target) in opened {
             let (output, flusher) = streams.target(target)?;
             port.connect(output, flusher);
-            let link = Link::new(streams.bell()).context("eventfd")?;
-            port.input.tell(link.bell().clone());
-            streams.console = Some((port, link));
-            streams.resized();
+            streams.ports.push(port);
         }
         if let Some(path) = &config.trace {
             let file = || create(path).with_context(|| format!("--trace={}", path.display()));
@@ -145,7 +141,7 @@ impl Streams {
 
     /// A wire for the serial port.
     pub fn serial_console(&self) -> HostConsole {
-        self.port_wire(&self.serial)
+        self.port_wire(self.ports.first())
     }
 
     /// A wire for the debug console.
@@ -155,12 +151,13 @@ impl Streams {
 
     /// The far end of the console on virtio.
     pub fn terminal(&self) -> Option<HostTerminal> {
-        let (port, link) = self.console.as_ref()?;
-        Some(HostTerminal { wire: self.port_wire(port), link: link.clone() })
+        let far = |port: &Port| Some(HostTerminal { wire: self.port_wire(Some(port)), link: port.link.clone()? });
+        self.ports.iter().find_map(far)
     }
 
-    fn port_wire(&self, port: &Port) -> HostConsole {
-        HostConsole { tail: self.tail.clone(), ..self.wire(port.output.clone(), Some(port.input.clone())) }
+    fn port_wire(&self, port: Option<&Port>) -> HostConsole {
+        let (output, input) = (port.and_then(|port| port.output.clone()), port.map(|port| port.input.clone()));
+        HostConsole { tail: self.tail.clone(), ..self.wire(output, input) }
     }
 
     fn wire(&self, output: Option<Output>, input: Option<Arc<Input>>) -> HostConsole {
@@ -192,18 +189,13 @@ impl Streams {
     /// # Errors
     /// The host refuses.
     pub fn watch(&mut self, readiness: &Readiness) -> Result<()> {
-        self.ports().try_for_each(|port| port.watch(readiness))
-    }
-
-    fn ports(&mut self) -> impl Iterator<Item = &mut Port> {
-        std::iter::once(&mut self.serial).chain(self.console.as_mut().map(|(port, _)| port))
+        self.ports.iter_mut().try_for_each(|port| port.watch(readiness))
     }
 
     /// When [`Streams::serve`] wants to be called even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         let retell = self.retell.then(|| Instant::now() + RETELL);
-        let console = self.console.as_ref().and_then(|(port, _)| port.deadline());
-        [retell, self.serial.deadline(), console, self.flush_at].into_iter().flatten().min()
+        self.ports.iter().map(Port::deadline).chain([retell, self.flush_at]).flatten().min()
     }
 
     /// Does what there is to do. `ready`: the tokens that are.
@@ -212,24 +204,17 @@ impl Streams {
     /// The host refuses to watch stdin.
     pub fn serve(&mut self, readiness: &Readiness, ready: &[u64]) -> Result<Wish> {
         self.flush_due();
-        let mut wish = self.serial.serve(readiness, ready, &mut self.flushers)?;
-        wish.input |= std::mem::take(&mut self.retell);
-        if let Some((port, link)) = &mut self.console {
-            // Its device hears of input by itself.
-            let end = port.serve(readiness, ready, &mut self.flushers)?.end;
-            let until = link.has_seen_until().then_some(Ended::Until);
-            wish.end = wish.end.or(end).or(until);
+        let mut wish = Wish { end: None, input: std::mem::take(&mut self.retell) };
+        for port in &mut self.ports {
+            let own = port.serve(readiness, ready, &mut self.flushers)?;
+            wish = Wish { end: wish.end.or(own.end), input: wish.input || own.input };
         }
         Ok(wish)
     }
 
     /// The terminal may have another size.
     pub fn resized(&self) {
-        if let Some((port, link)) = &self.console
-            && port.is_stdout()
-        {
-            link.resize(terminal::size().unwrap_or_default());
-        }
+        self.ports.iter().for_each(Port::resized);
     }
 
     /// The serial device was busy: [`Streams::serve`] will report its input again, soon.
@@ -258,8 +243,7 @@ impl Streams {
 
     /// The process goes on, perhaps in the foreground.
     pub fn go_on(&self) {
-        let console = self.console.as_ref().is_some_and(|(port, _)| port.has_keys());
-        if (self.serial.has_keys() || console) && terminal::is_ours() {
+        if self.ports.iter().any(Port::has_keys) && terminal::is_ours() {
             let _ = terminal::make_raw();
         }
     }
@@ -279,8 +263,8 @@ impl Streams {
     }
 
     fn outputs(&self) -> impl Iterator<Item = &Output> {
-        let console = self.console.as_ref().and_then(|(port, _)| port.output.as_ref());
-        [self.serial.output.as_ref(), console, self.stdout.as_ref(), self.trace.as_ref()].into_iter().flatten()
+        let ports = self.ports.iter().filter_map(|port| port.output.as_ref());
+        ports.chain(&self.stdout).chain(&self.trace)
     }
 
     /// Writes out what is left, for at most `patience`, and says what was lost.
