@@ -5,7 +5,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, value_parser};
 
 use crate::arch;
-use crate::config::{Config, Seconds, Size, Words as Text};
+use crate::config::{Config, DiskMode, Seconds, Size, Words as Text};
 use crate::error::usage;
 use crate::load::{self, Image};
 use crate::snapshot::{How, Manifest, NOTED, Verify};
@@ -75,18 +74,6 @@ pub struct Cloning {
     pub how: How,
     disks: DiskMode,
     words: ArgMatches,
-}
-
-/// What becomes of the disks that a machine writes to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-enum DiskMode {
-    /// Each clone reads the machine's, and what it writes is its own, and gone when it ends.
-    #[default]
-    Overlay,
-    /// Each has a copy, which is gone when it ends.
-    Copy,
-    /// All read the same ones; a machine that writes to one has no clones.
-    ShareRo,
 }
 
 /// Most machines that are made at once.
@@ -467,9 +454,6 @@ fn how(words: &ArgMatches) -> Result<How> {
 fn of_snapshot(manifest: &Manifest, words: &ArgMatches) -> Result<Config> {
     let mut config = config(manifest.config.clone(), words)?;
     config.connect(&manifest.config)?;
-    for (words, had) in config.disk.iter_mut().zip(&manifest.config.disk).filter(|(words, had)| words != had) {
-        *words = in_place_of(had, words)?;
-    }
     load::check(&config)?;
     match config.differs_from(&manifest.config) {
         Some(name) => {
@@ -493,26 +477,7 @@ impl Cloning {
     /// The options make no sense for a machine of this snapshot.
     pub fn configs(&self, manifest: &Manifest, copies: &[(usize, File)]) -> Result<Vec<Config>> {
         let mut config = of_snapshot(manifest, &self.words)?;
-        for (number, copy) in copies {
-            let had = manifest.config.disk.get(*number);
-            if let Some(words) = config.disk.get_mut(*number).filter(|words| Some(&**words) == had) {
-                *words = Text::join(&format!("/proc/self/fd/{}", copy.as_raw_fd()), words.split().1);
-            }
-        }
-        for words in &mut config.disk {
-            let mut taken = words.take("--disk");
-            if taken.flag("ro")? || taken.flag("overlay")? || taken.flag("copy")? {
-                continue;
-            }
-            *words = match self.disks {
-                DiskMode::Overlay => words.and("overlay"),
-                DiskMode::Copy => words.and("copy"),
-                DiskMode::ShareRo => {
-                    let why = format!("--disk-mode share-ro: the machine writes to {}", taken.first());
-                    return Err(usage(why).hint("overlay and copy let each clone write what it likes").into());
-                }
-            };
-        }
+        config.share_disks(&manifest.config, copies, self.disks)?;
         if self.count > 1
             && let Some(name) = config.name.as_mut().filter(|name| !name.contains("{}"))
         {
@@ -527,15 +492,6 @@ impl Cloning {
             }
         }
         Ok((1..=self.count).map(|number| config.numbered(number)).collect())
-    }
-}
-
-/// A disk in the place of another, under the serial number that the guest knows that one by.
-fn in_place_of(had: &Text, words: &Text) -> Result<Text> {
-    let serial = |words: &Text| words.take("--disk").value::<String>("serial");
-    match (serial(words)?, serial(had)?) {
-        (None, Some(serial)) => Ok(words.and(&format!("serial={serial}"))),
-        _ => Ok(words.clone()),
     }
 }
 
@@ -635,15 +591,6 @@ mod tests {
             Command::Run(_, config) | Command::Example(_, config) | Command::Layout(config) => config,
             other => panic!("{other:?}"),
         }
-    }
-
-    #[test]
-    fn a_disk_in_the_place_of_another_keeps_its_serial_number() {
-        let words = |text: &str| text.parse::<Text>().unwrap();
-        let new = |had: &str, text: &str| in_place_of(&words(had), &words(text)).unwrap().to_string();
-        assert_eq!(new("/old,serial=a,,b", "/new,ro"), "/new,ro,serial=a,,b");
-        assert_eq!(new("/old,serial=a", "/new,serial=b"), "/new,serial=b");
-        assert_eq!(new("/old", "/new"), "/new");
     }
 
     #[test]

@@ -10,9 +10,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::disks::DiskMode;
 pub use self::words::{Taken, Words};
 use crate::trace::Filter;
 
+mod disks;
 mod kept;
 mod words;
 

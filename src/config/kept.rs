@@ -1,7 +1,5 @@
 //! What a snapshot keeps of a configuration, and what a machine that goes on from there may have another of.
 
-use std::path::Path;
-
 use super::{Config, Words};
 use crate::error::{Refusal, usage};
 
@@ -39,12 +37,7 @@ impl Config {
         OF_THE_BEGINNING.iter().for_each(|name| drop(all.remove(*name)));
         // What is missing has its default, and the rest was just written.
         let mut kept: Self = serde_json::from_value(all.into()).unwrap_or_default();
-        // Nobody knows where the next one stands.
-        for words in &mut kept.disk {
-            let (path, rest) = words.split();
-            let path = std::path::absolute(&path).map_or(path, |path| path.display().to_string());
-            *words = Words::join(&path, rest);
-        }
+        kept.name_whole_paths_of_disks();
         kept
     }
 
@@ -64,10 +57,7 @@ impl Config {
     /// # Errors
     /// It had no such thing.
     pub fn connect(&mut self, snapshot: &Self) -> Result<(), Refusal> {
-        if self.disk != snapshot.disk {
-            let asked = std::mem::replace(&mut self.disk, snapshot.disk.clone());
-            asked.iter().try_for_each(|words| exchange(&mut self.disk, words))?;
-        }
+        self.connect_disks(snapshot)?;
         if self.net.len() != snapshot.net.len() {
             let (had, asked) = (snapshot.net.len(), self.net.len());
             return Err(usage(format!("--net: the machine had {had} of them, and {asked} are named")));
@@ -111,27 +101,10 @@ impl Config {
     }
 }
 
-/// `OLD=NEW`, and words of its own if it is to have others.
-fn exchange(disks: &mut [Words], asked: &Words) -> Result<(), Refusal> {
-    let (both, own) = asked.split();
-    let same = |path: &str, other: &str| match (Path::new(path).canonicalize(), Path::new(other).canonicalize()) {
-        (Ok(path), Ok(other)) => path == other,
-        _ => std::path::absolute(path).ok() == std::path::absolute(other).ok(),
-    };
-    for (at, _) in both.match_indices('=') {
-        let (old, new) = (both.get(..at).unwrap_or_default(), both.get(at + 1..).unwrap_or_default());
-        if let Some(words) = disks.iter_mut().find(|words| same(&words.split().0, old)) {
-            let rest = if own.is_empty() { words.split().1.to_owned() } else { own.to_owned() };
-            *words = Words::join(new, &rest);
-            return Ok(());
-        }
-    }
-    let hint = "--disk OLD=NEW gives it another file for its disk OLD; `bantam inspect FOLDER` lists them";
-    Err(usage(format!("--disk {asked}: a machine that goes on has the disks of its snapshot")).hint(hint))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn words(text: &str) -> Words {

@@ -15,7 +15,17 @@ const MOST: usize = 10;
 type Device = (&'static str, &'static str, &'static [&'static str]);
 
 const DEVICES: [Device; 6] = [
-    ("block", "disk", &["src/virtio/block", "src/host/sys/disk.rs", "src/host/sys/uring.rs", "src/host/sys/room.rs"]),
+    (
+        "block",
+        "disk",
+        &[
+            "src/virtio/block",
+            "src/config/disks.rs",
+            "src/host/sys/disk.rs",
+            "src/host/sys/uring.rs",
+            "src/host/sys/room.rs",
+        ],
+    ),
     ("net", "net", &["src/virtio/net", "src/host/sys/tap.rs"]),
     ("vsock", "vsock", &["src/virtio/vsock"]),
     ("console", "console", &["src/virtio/console"]),
