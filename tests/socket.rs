@@ -151,6 +151,13 @@ fn p35_names_that_are_taken_stale_links_or_too_long() {
     let machine = place.machine(&guest, "--name taken");
     std::thread::sleep(Duration::from_millis(200));
     start("taken").refused(125).said("is running");
+    // Nor does it touch the files of the one that has it.
+    let log = file(b"kept");
+    for option in ["--serial", "--console"] {
+        let words = format!("--timeout 0.2 --name taken {option} file:{}", log.path().display());
+        place.run("run").arg(guest.path()).words(&words).run().refused(125).said("is running");
+        assert_eq!(std::fs::read(log.path()).unwrap(), b"kept");
+    }
     assert_eq!(place.ask("taken", r#"{"ping":{}}"#)["ok"]["name"], "taken");
     end(machine);
 }

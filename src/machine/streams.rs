@@ -72,6 +72,8 @@ impl Streams {
     /// A file or socket cannot be made.
     pub fn open(config: &Config) -> Result<Self> {
         let bell = Bell::new().context("eventfd")?;
+        // Before any file: a machine whose name is taken leaves those of the one that has it alone.
+        let control = Control::open(config, bell.clone())?;
         let console = config.console.as_ref().filter(|to| **to != Serial::None);
         // What is typed goes to one port only.
         let typed = console != Some(&Serial::Stdio);
@@ -79,7 +81,6 @@ impl Streams {
         if let Some(to) = console {
             opened.push(Port::open(CONSOLE, to, true, bell.clone())?);
         }
-        let control = Control::open(config, bell.clone())?;
         let mut streams = Self {
             bell,
             stdout: None,
