@@ -333,7 +333,7 @@ fn of_snapshots() -> Vec<Arg> {
     let copy = Arg::new("copy").long("copy").action(clap::ArgAction::SetTrue);
     let copy = copy.help("Read all of its RAM at once, and need the snapshot no more");
     let freeze = Arg::new("clock-freeze").long("clock-freeze").action(clap::ArgAction::SetTrue);
-    let freeze = freeze.help("Have its clocks go on from where they were, and not from what time it is now");
+    let freeze = freeze.help("Have its clocks go on from where they were, and not from what time it is now (x86-64)");
     [verify, copy, freeze].map(|arg| arg.help_heading("Snapshot")).into()
 }
 

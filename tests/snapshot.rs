@@ -91,23 +91,31 @@ fn a_linux_goes_on_where_its_snapshot_was_written() {
     let words = format!("--memory 256M --cpus 2 --name {name} --disk {},ro", disk.display());
     let Some(mut shell) = Shell::start(&words, "virtio_blk virtio-rng") else { return };
     shell.run("echo kept >/tmp/file; head -c 6 /dev/vda");
+    // Of a CPU that has been busy a kernel says after 20 seconds that it is stuck, unless it knows that it stood still.
+    shell.run("for cpu in 1 2; do taskset $cpu sh -c 'while :; do :; done' & done; sleep 5");
+    let lockups = "dmesg | grep -c 'soft lockup'";
+    let before = shell.ask(lockups);
     let told = bantam(&format!("snapshot {name} {}", folder.display())).run().expect(0).out();
     guest::note(&told);
     shell.is("cat /tmp/file", "kept");
     shell.leave("poweroff -f\n");
-    // After so long a kernel speaks of a CPU that is stuck.
     std::thread::sleep(Duration::from_secs(25));
     let mut numbers = BTreeSet::new();
     let can_wait = bantam::host::sys::userfault::Guarded::first().is_ok();
     for verify in ["once", if can_wait { "lazy" } else { "always" }] {
         let mut shell = Shell::restore(&folder, verify);
+        shell.run("sleep 1; kill $(jobs -p)");
+        shell.is(lockups, &before);
         // It is told that it is another machine, and makes new random numbers.
         shell.is("dmesg | grep -c 'crng reseeded due to virtual machine fork'", "1");
         numbers.insert(shell.ask("head -c 16 /dev/urandom | md5sum"));
         shell.is("cat /tmp/file", "kept");
-        let now = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
-        let (before, told) = (now(), shell.ask("date +%s").trim().parse::<u64>().unwrap());
-        assert!((before.saturating_sub(3)..=now() + 3).contains(&told), "{before} {told}");
+        // On arm64 its clocks go on from where they were.
+        if cfg!(target_arch = "x86_64") {
+            let now = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs();
+            let (before, told) = (now(), shell.ask("date +%s").trim().parse::<u64>().unwrap());
+            assert!((before.saturating_sub(3)..=now() + 3).contains(&told), "{before} {told}");
+        }
         shell.is("echo 3 >/proc/sys/vm/drop_caches; head -c 6 /dev/vda; head -c 512 /dev/hwrng | wc -c", "bantam512");
         shell.run("for cpu in 1 2; do taskset $cpu sleep 0.2 || exit; done");
         // On an emulated host a clock may be read late, which a kernel says of any machine there.
@@ -542,37 +550,27 @@ fn p26_a_hostile_state_is_refused_or_runs() {
     assert!(common::soak().is_some() || refused > 0 && ran > 0, "{refused} refused, {ran} ran");
 }
 
-/// All its counters, of which KVM has one for all CPUs.
+/// And not from where it would be had the machine run on: all its counters, of which KVM has one for all CPUs.
 #[cfg(target_arch = "aarch64")]
 #[test]
-fn the_guests_clock_goes_on_from_where_it_was_or_from_what_time_it_is() {
+fn the_guests_clock_goes_on_from_where_it_was() {
     if !kvm() {
         return;
     }
     let (place, guest) = (Place::new(), counts());
     let folder = place.kept(&guest, "--cpus 2");
-    let waited = common::within(1.0);
-    std::thread::sleep(waited);
-    for freeze_clock in [true, false] {
-        let snapshot = Snapshot::open(&folder, How { freeze_clock, ..How::default() }).unwrap();
-        let begun = Instant::now();
-        let machine = of(&snapshot).unwrap();
-        let json = |state| serde_json::to_value(state).unwrap();
-        let (mut before, mut after) = (json(&snapshot.state), json(&machine.save().unwrap()));
-        let lived = after["at"].as_u64().unwrap() - before["at"].as_u64().unwrap();
-        let wanted = match freeze_clock {
-            true => 0.0..=begun.elapsed().as_secs_f64(),
-            false => waited.as_secs_f64()..=lived as f64 / 1e9,
-        };
-        let [before, after] = [&mut before, &mut after].map(|state| state["kvm"]["clock"].take());
-        let seconds = |count: &Value| count.as_u64().unwrap() as f64 / before["hertz"].as_u64().unwrap() as f64;
-        let all = |state: &Value| state["counters"].as_array().unwrap().clone();
-        assert_eq!(all(&before).len(), all(&after).len());
-        for (before, after) in all(&before).iter().zip(all(&after)) {
-            let passed = seconds(&after[1]) - seconds(&before[1]);
-            assert!(wanted.contains(&passed), "{passed} s of {wanted:?}: {before} {after}");
-        }
+    let snapshot = Snapshot::open(&folder, How::default()).unwrap();
+    std::thread::sleep(common::within(1.0));
+    let (begun, machine) = (Instant::now(), of(&snapshot).unwrap());
+    let clock = |state| serde_json::to_value(state).unwrap()["kvm"]["clock"].take();
+    let (before, after) = (clock(&snapshot.state), clock(&machine.save().unwrap()));
+    let took = begun.elapsed().as_secs_f64();
+    let seconds = |count: &Value| count.as_u64().unwrap() as f64 / before["hertz"].as_u64().unwrap() as f64;
+    for (before, after) in before["counters"].as_array().unwrap().iter().zip(after["counters"].as_array().unwrap()) {
+        let passed = seconds(&after[1]) - seconds(&before[1]);
+        assert!((0.0..=took).contains(&passed), "{passed} s of {took}: {before} {after}");
     }
+    assert_eq!(before["counters"].as_array().unwrap().len(), after["counters"].as_array().unwrap().len());
 }
 
 /// What CPUID told the guest of must be there.

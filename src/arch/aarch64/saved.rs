@@ -7,7 +7,6 @@
 //! all, so that it is read and set once.
 
 use std::io;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{
@@ -167,23 +166,21 @@ pub fn save_vm(_fd: &VmFd, cpus: &[&VcpuFd], _irqchip: Option<IrqChip>) -> Resul
     Ok(SavedVm { hertz: counter_hertz(), counters })
 }
 
-/// Sets the guest's clock, of a machine none of whose CPUs has run, to so much later than it was.
+/// Sets the guest's clock, of a machine none of whose CPUs has run.
 ///
 /// # Errors
 /// This host's counts at another rate, or the state is not one of this version's.
-pub fn load_vm(_fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm, passed: Duration) -> Result<()> {
+pub fn load_vm(_fd: &VmFd, cpus: &[&VcpuFd], saved: &SavedVm) -> Result<()> {
     let SavedVm { hertz, counters } = saved;
     if *hertz != counter_hertz() {
         let why = format!("the guest's clock counts {hertz} times a second, this host's {}", counter_hertz());
         return Err(refuse(why).hint("no arm64 CPU can scale it; take a host of the same kind").into());
     }
     let cpu = cpus.first().context("no CPU")?;
-    let later = (passed.as_nanos() * u128::from(*hertz) / 1_000_000_000) as u64;
     for (id, count) in counters {
         if !CLOCKS.contains(id) {
             bail!("register {id:#x} is no clock");
         }
-        let count = count.wrapping_add(later);
         // Of all CPUs at once: KVM keeps the difference to the host's counter for the machine.
         set(cpu, &(*id, vec![(count & 0xffff_ffff) as u32, (count >> 32) as u32]))?;
     }
