@@ -60,7 +60,11 @@ fn accept_tcp(server: &TcpListener) -> TcpStream {
 /// The same of a socket.
 fn accept_unix(server: &UnixListener) -> UnixStream {
     server.set_nonblocking(true).unwrap();
-    let (stream, _) = soon(|| server.accept());
+    patient(soon(|| server.accept()).0)
+}
+
+/// What stands still is said to, some time.
+fn patient(stream: UnixStream) -> UnixStream {
     stream.set_read_timeout(Some(common::within(30.0))).unwrap();
     stream.set_write_timeout(Some(common::within(30.0))).unwrap();
     stream
@@ -362,9 +366,7 @@ fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
     guest.begin(&format!("{perl} -e '$|=1; {serve}'; echo hung \\up"));
     guest.until("ready");
     for _ in 0..2 {
-        let mut stream = UnixStream::connect(&path).unwrap();
-        stream.set_read_timeout(Some(common::within(30.0))).unwrap();
-        stream.set_write_timeout(Some(common::within(30.0))).unwrap();
+        let mut stream = patient(UnixStream::connect(&path).unwrap());
         stream.write_all(b"CONNECT 52\n").unwrap();
         let mut line = [0; 14];
         stream.read_exact(&mut line).unwrap();
@@ -373,8 +375,7 @@ fn a_guest_and_its_host_reach_each_others_ports_over_vsock() {
     }
     guest.until("hung up");
     // Nobody is at this port of either side.
-    let mut stream = UnixStream::connect(&path).unwrap();
-    stream.set_read_timeout(Some(common::within(30.0))).unwrap();
+    let mut stream = patient(UnixStream::connect(&path).unwrap());
     stream.write_all(b"CONNECT 53\n").unwrap();
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     let call = format!("socket(C, 40, 1, 0); connect(C, {}) and die; print \"nobo\", \"dy\\n\"", address(4321, 2));

@@ -74,7 +74,7 @@ impl Streams {
         let bell = Bell::new().context("eventfd")?;
         // Before any file: a machine whose name is taken leaves those of the one that has it alone.
         let control = Control::open(config, bell.clone())?;
-        let console = config.console.as_ref().filter(|to| **to != Serial::None);
+        let console = config.console.as_ref().filter(|_| config.has_console());
         // What is typed goes to one port only.
         let typed = console != Some(&Serial::Stdio);
         let mut opened = vec![Port::open(SERIAL, &config.serial, typed, bell.clone())?];
