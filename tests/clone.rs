@@ -5,6 +5,9 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use common::arch::SWEEP;
@@ -74,32 +77,49 @@ fn a_machine_that_runs_is_cloned_and_none_the_worse_for_it() {
     place.clone(Path::new("one"), "--count 0").run().refused(2).said("--count");
 }
 
-/// A guest that writes to all of its RAM while that is kept: what a snapshot holds is of one moment.
+/// A guest that writes to all of its RAM while that is kept, its own or that of a snapshot: what a snapshot holds is of one
+/// moment.
 #[test]
 fn what_a_guest_writes_after_the_moment_is_not_in_the_snapshot() {
     if !kvm() {
         return;
     }
     let (place, guest) = (Place::new(), file(code::SWEEPS));
-    let started = place.counter(&guest, SWEEP);
-    let (mut whole, mut cut) = (0, 0);
-    for number in 0..if common::host_is_emulated() { 6 } else { 30 } {
-        let folder = place.path(&format!("{number}.snapshot"));
-        let told = place.tell(&format!("snapshot one {}", folder.display())).out();
-        if told.contains("until all was written") {
-            common::skipped(&told);
+    let mut started = place.counter(&guest, SWEEP);
+    let count = if common::host_is_emulated() { 4 } else { 20 };
+    for of in ["run", "restore"] {
+        let (mut whole, mut cut) = (0, 0);
+        for number in 0..count {
+            let folder = place.path(&format!("{number}.snapshot"));
+            let told = place.tell(&format!("snapshot one {}", folder.display())).out();
+            if told.contains("until all was written") {
+                // A machine that came of a snapshot needs nothing of the host.
+                assert_eq!(of, "run", "{told}");
+                common::skipped(&told);
+                break;
+            }
+            match swept(&folder) {
+                true => whole += 1,
+                false => cut += 1,
+            }
+            std::fs::remove_dir_all(folder).unwrap();
+        }
+        eprintln!("{of}: {whole} between two rounds, {cut} in one");
+        grows(&place.path("out"), size(&place.path("out")));
+        let folder = place.path("kept");
+        if of == "run" {
+            place.tell(&format!("snapshot one {}", folder.display()));
+        }
+        place.tell("stop one");
+        started.wait().expect(143);
+        if of == "restore" {
             break;
         }
-        match swept(&folder) {
-            true => whole += 1,
-            false => cut += 1,
-        }
-        std::fs::remove_dir_all(folder).unwrap();
+        std::fs::remove_file(place.path("out")).unwrap();
+        let words = format!("--name one --serial file:{} --timeout 60", place.path("out").display());
+        started = place.run("restore").arg(&folder).words(&words).start();
+        grows(&place.path("out"), 0);
     }
-    eprintln!("{whole} between two rounds, {cut} in one");
-    grows(&place.path("out"), size(&place.path("out")));
-    place.tell("stop one");
-    started.wait().expect(143);
 }
 
 /// What an overlay holds is nobody else's.
@@ -173,6 +193,47 @@ fn a_machine_that_writes_to_a_disk_is_cloned_with_it() {
     grows(&place.path("out"), size(&place.path("out")));
     place.tell("stop one");
     started.wait().expect(143);
+}
+
+/// While its disk is copied it stands still, and hears who wants to know, or to end it.
+#[test]
+fn a_machine_whose_disk_is_copied_is_not_deaf() {
+    if !kvm() {
+        return;
+    }
+    let (place, guest) = (Place::new(), counts());
+    let (disk, copies) = (place.path("disk"), place.path("copies"));
+    let large = if common::host_is_emulated() { 48 << 20 } else { 192 << 20 };
+    std::fs::write(&disk, vec![1; large]).unwrap();
+    let started = place.counter(&guest, &format!("--disk {} --irqchip kernel", disk.display()));
+    let keeps = place.run("snapshot one").arg(place.path("folder")).words("--disks").arg(&copies).start();
+    grows(&copies.join("0"), 0);
+    let copy = std::fs::File::open(copies.join("0")).unwrap();
+    let stream = UnixStream::connect(place.path("bantam/one.sock")).unwrap();
+    let mut answers = BufReader::new(&stream);
+    let mut ask = |request: &str| {
+        (&stream).write_all(request.as_bytes()).unwrap();
+        let mut line = String::new();
+        answers.read_line(&mut line).unwrap();
+        line
+    };
+    let is_copied = || {
+        let mut last = [0];
+        copy.read_exact_at(&mut last, large as u64 - 1).unwrap();
+        last == [1]
+    };
+    assert!(ask("{\"ping\":{}}\n").contains("\"state\":\"running\""));
+    let early = !is_copied();
+    assert_eq!(ask("{\"pause\":{}}\n"), "{\"ok\":null}\n");
+    assert!(ask("{\"ping\":{}}\n").contains("\"state\":\"paused\""));
+    assert_eq!(ask("{\"stop\":{}}\n"), "{\"ok\":null}\n");
+    started.wait().expect(143);
+    if early {
+        keeps.wait().refused(125).said("the machine has ended");
+        assert!(!place.path("folder").exists() && !copies.exists());
+    } else {
+        common::skipped("the disk was copied before anybody could ask");
+    }
 }
 
 /// What is in the files without a name, of disks, that a process has.

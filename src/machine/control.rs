@@ -157,7 +157,7 @@ impl Control {
         Ok(std::mem::take(wish))
     }
 
-    /// What the machine is that stopped for a snapshot; it may go on when this returns.
+    /// What the machine is that stopped for a snapshot; it may go on once nothing [`Control::holds`] it.
     pub fn keeps(&mut self, taken: Result<Taken>, since: Instant) {
         if let Some(writing) = &mut self.writing {
             writing.take(taken, since);
@@ -168,12 +168,20 @@ impl Control {
         }
     }
 
+    /// A snapshot wants the machine to stand still.
+    pub fn holds(&self) -> bool {
+        self.writing.as_ref().is_some_and(Writing::holds)
+    }
+
+    /// Somebody wants the machine to stand still.
+    pub fn is_paused(&self) -> bool {
+        self.info.state == State::Paused
+    }
+
     /// The machine is in this state now: whoever wanted that has its answer.
     pub fn is(&mut self, state: State) {
         self.info.state = state;
-        if state == State::Running {
-            self.writing.iter_mut().for_each(Writing::goes_on);
-        }
+        self.writing.iter_mut().for_each(Writing::goes_on);
         self.answer(&Ok("null".into()));
     }
 

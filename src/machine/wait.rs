@@ -1,7 +1,7 @@
 //! The event loop of a running machine: signals, streams, limits, and CPUs that have halted for good.
 //!
 //! Invariant: the loop never blocks but in its one wait, so a signal is answered at once whatever the guest, the
-//! terminal or a pipe does. (While a snapshot is written that cannot be written otherwise, it waits for the disk.)
+//! terminal or a pipe does.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -166,7 +166,7 @@ impl Machine<Running> {
     }
 }
 
-impl Machine<Running> {
+impl<S> Machine<S> {
     /// What clients of the control socket want that the CPUs are to stop for.
     fn asked(&self, wish: &Wish, life: &Life) -> Option<Served> {
         if wish.stop && self.stops(&life.stopping) {
@@ -243,7 +243,10 @@ impl Machine<Paused> {
                 }
                 return self.stand(readiness, life, streams);
             }
-            Served::Snapshot(since) => self.snapshot(since, streams),
+            Served::Snapshot(since) => {
+                self.snapshot(since, streams);
+                return self.stand(readiness, life, streams);
+            }
             Served::End(end) => {
                 let goes_on = board::can_wake(&self.board, &self.state.vcpus, &self.memory)?;
                 return Ok((!goes_on).then_some(end));
@@ -252,11 +255,17 @@ impl Machine<Paused> {
         Ok(None)
     }
 
-    /// Serves a machine that stands still, until somebody has it go on or it is to end. Nobody is there to hear its power
-    /// button; what is typed waits.
+    /// Serves a machine that stands still, until nobody wants that any more, and no snapshot, or it is to end. What is typed
+    /// waits. While it is paused nobody is there to hear its power button; a snapshot takes no time that counts.
     fn stand(&self, readiness: &Readiness, life: &Life, streams: &mut Streams) -> Result<Option<End>> {
-        let (mut ready, mut typed) = (Vec::new(), false);
+        let (mut ready, mut typed, mut paused) = (Vec::new(), false, streams.control.is_paused());
         loop {
+            if !paused && !streams.control.holds() {
+                if typed {
+                    streams.tell_again();
+                }
+                return Ok(None);
+            }
             let next = [life.deadline, life.telling.deadline(), streams.deadline(), streams.control.deadline()];
             let patience = next
                 .into_iter()
@@ -268,14 +277,17 @@ impl Machine<Paused> {
             if self.memory.broken().is_some() {
                 return Ok(Some(End::Lost));
             }
+            let goes_on = |end: &End| *end == End::Signal(sys::SIGTERM) && !paused && !self.stops(&life.stopping);
             if ready.contains(&SIGNALS)
                 && let Some(Served::End(end)) = signal(life, streams, &self.memory)
+                && !goes_on(&end)
             {
                 return Ok(Some(end));
             }
             let asked = streams.control.serve(readiness, &ready, &life.telling, &self.memory)?;
-            if asked.stop {
-                return Ok(Some(End::Signal(sys::SIGTERM)));
+            let stop = End::Signal(sys::SIGTERM);
+            if asked.stop && !goes_on(&stop) {
+                return Ok(Some(stop));
             }
             if asked.count {
                 life.telling.start();
@@ -295,15 +307,16 @@ impl Machine<Paused> {
                 return Ok(Some(End::Timeout));
             }
             // Its power button was pressed before it was paused.
-            if life.stopping.deadline().is_some_and(|at| at <= now) {
+            if life.stopping.deadline().is_some_and(|at| at <= now) && (paused || self.is_deaf(&life.stopping)) {
                 return Ok(Some(End::Signal(sys::SIGTERM)));
             }
             life.telling.tell_due(now);
-            if asked.state == Some(State::Running) {
-                if typed {
-                    streams.tell_again();
+            if let Some(state) = asked.state {
+                paused = state == State::Paused;
+                // It runs only once it does.
+                if paused {
+                    streams.control.is(state);
                 }
-                return Ok(None);
             }
         }
     }
@@ -404,7 +417,7 @@ impl Looks {
         match served {
             Served::End(End::AllHalted) => self.pause = LONGEST_LOOK.min(self.pause * 4),
             // Nobody stalls who stands still.
-            Served::Pause(_) => *self = Self::new(config),
+            Served::Pause(_) | Served::Snapshot(_) => *self = Self::new(config),
             _ => {}
         }
     }

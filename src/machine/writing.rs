@@ -15,7 +15,7 @@ use crate::control::Answer;
 use crate::event::Worker;
 use crate::host::output::Bell;
 use crate::memory::Memory;
-use crate::snapshot::{Base, Moment, Taken, Target, Watched, Written};
+use crate::snapshot::{Base, Taken, Target, Watched, Written};
 
 /// How long a machine that has ended waits for who writes, and how often it looks.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -24,8 +24,12 @@ const LOOK: Duration = Duration::from_millis(1);
 /// What the two threads share.
 #[derive(Default)]
 struct Shared {
-    /// RAM is watched, or why it cannot be.
-    watched: OnceLock<Result<(), String>>,
+    /// RAM is watched.
+    watched: AtomicBool,
+    /// The machine that stands still for it may go on.
+    frozen: AtomicBool,
+    /// Why it stands still until all is written, if it does.
+    still: OnceLock<String>,
     outcome: OnceLock<Result<Written, String>>,
     cancelled: AtomicBool,
 }
@@ -34,17 +38,13 @@ struct Shared {
 pub struct Writing {
     worker: Option<Worker<()>>,
     shared: Arc<Shared>,
-    target: Target,
-    /// What it is a difference from, if it is one.
-    base: Option<Base>,
-    memory: Memory,
+    /// Somebody is to keep it.
+    keep: bool,
     /// Rung when the moment has come.
     now: Bell,
     /// Rung for whoever is to ask for the outcome.
     bell: Bell,
     taken: Sender<Taken>,
-    /// Heard of when the machine may go on.
-    frozen: Receiver<()>,
     /// The machine was asked to stop for it.
     asked: bool,
     stood: Stood,
@@ -65,35 +65,41 @@ enum Stood {
 struct Watcher {
     shared: Arc<Shared>,
     target: Target,
+    /// What it is a difference from, if it is one.
     base: Option<Base>,
     memory: Memory,
     now: Bell,
     taken: Receiver<Taken>,
-    frozen: Sender<()>,
     bell: Bell,
 }
 
 impl Watcher {
     fn run(self) {
-        match Watched::new(&self.memory) {
-            Err(why) => drop(self.shared.watched.set(Err(why.to_string()))),
-            Ok(watched) => {
-                let _ = self.shared.watched.set(Ok(()));
-                self.bell.ring();
-                let written = self.write(watched).map_err(|e| format!("{e:#}"));
-                let _ = self.shared.outcome.set(written);
-            }
-        }
+        let watched = Watched::new(&self.memory);
+        self.shared.watched.store(true, Ordering::SeqCst);
+        self.bell.ring();
+        let written = self.write(watched).map_err(|e| format!("{e:#}"));
+        let _ = self.shared.outcome.set(written);
+        self.goes_on();
+    }
+
+    /// The machine may.
+    fn goes_on(&self) {
+        self.shared.frozen.store(true, Ordering::SeqCst);
         self.bell.ring();
     }
 
     fn write(&self, mut watched: Watched) -> Result<Written> {
         watched.watch(&self.now).context("watching RAM")?;
         // Nobody gives anything where it is cancelled.
-        let taken = self.taken.try_recv().map_err(|_| anyhow!("the machine has ended"))?;
-        let moment = watched.freeze().context("freezing RAM")?.since(self.base.clone());
-        let _ = self.frozen.send(());
-        taken.write(moment, &self.target, &self.shared.cancelled)
+        let mut taken = self.taken.try_recv().map_err(|_| anyhow!("the machine has ended"))?;
+        taken.copy_disks(&self.target, &self.shared.cancelled)?;
+        let (moment, still) = watched.freeze().context("freezing RAM")?;
+        match still {
+            Some(why) => drop(self.shared.still.set(why)),
+            None => self.goes_on(),
+        }
+        taken.write(moment.since(self.base.clone()), &self.target, &self.shared.cancelled)
     }
 }
 
@@ -104,56 +110,41 @@ impl Writing {
     /// The host has no thread or descriptor left.
     pub fn start(memory: &Memory, target: Target, base: Option<Base>, bell: Bell) -> Result<Self> {
         let (shared, now) = (Arc::<Shared>::default(), Bell::new().context("eventfd")?);
-        let ((taken, takes), (froze, frozen)) = (channel(), channel());
+        let ((taken, takes), keep) = (channel(), target.keep);
         let watcher = Watcher {
             shared: shared.clone(),
-            target: target.clone(),
-            base: base.clone(),
+            target,
+            base,
             memory: memory.clone(),
             now: now.clone(),
             taken: takes,
-            frozen: froze,
             bell: bell.clone(),
         };
         let worker = Some(Worker::start("snapshot".into(), move || watcher.run())?);
-        let (memory, stood) = (memory.clone(), Stood::Not);
-        Ok(Self { worker, shared, target, base, memory, now, bell, taken, frozen, asked: false, stood })
+        Ok(Self { worker, shared, keep, now, bell, taken, asked: false, stood: Stood::Not })
     }
 
     /// The machine is to stop for a moment: true once.
     pub fn wants_the_machine(&mut self) -> bool {
-        let wants = !self.asked && self.shared.watched.get().is_some();
+        let wants = !self.asked && self.shared.watched.load(Ordering::SeqCst);
         self.asked |= wants;
         wants
     }
 
-    /// What the machine is, which stands still since it was asked to. It may go on when this returns.
+    /// What the machine is, which stands still since it was asked to, and does as long as this [`Writing::holds`] it.
     pub fn take(&mut self, taken: Result<Taken>, since: Instant) {
         self.stood = Stood::Since(since);
-        let copied = taken.and_then(|mut taken| taken.copy_disks(&self.target).map(|()| taken));
-        if let Err(why) = copied.and_then(|taken| self.hand_over(taken)) {
-            let _ = self.shared.outcome.set(Err(format!("{why:#}")));
-            self.stop();
+        match taken {
+            // Where the thread has ended, the host has failed it; its outcome says how.
+            Ok(taken) => drop(self.taken.send(taken)),
+            Err(why) => drop(self.shared.outcome.set(Err(format!("{why:#}")))),
         }
-    }
-
-    fn hand_over(&self, taken: Taken) -> Result<()> {
-        if self.copies().is_some() {
-            let moment = Moment::still(&self.memory).since(self.base.clone());
-            let written = taken.write(moment, &self.target, &self.shared.cancelled);
-            let _ = self.shared.outcome.set(written.map_err(|e| format!("{e:#}")));
-            return Ok(());
-        }
-        self.taken.send(taken).map_err(|_| anyhow!("the thread that writes it has ended"))?;
         self.now.ring();
-        // It ends without a word where the host fails it; its outcome says how.
-        let _ = self.frozen.recv();
-        Ok(())
     }
 
-    /// Why RAM is written while the machine stands still, if it is.
-    fn copies(&self) -> Option<&str> {
-        self.shared.watched.get()?.as_ref().err().map(String::as_str)
+    /// The machine is to stand still.
+    pub fn holds(&self) -> bool {
+        self.asked && !self.shared.frozen.load(Ordering::SeqCst)
     }
 
     /// The machine goes on, or stands still for something else.
@@ -170,14 +161,14 @@ impl Writing {
         let Stood::For(stood) = self.stood else { return None };
         let outcome = self.shared.outcome.get()?.clone();
         Some(outcome.map(|Written { memory, .. }| {
-            serde_json::json!({ "memory": memory, "seconds": stood.as_secs_f64(), "copied": self.copies() }).to_string()
+            serde_json::json!({ "memory": memory, "seconds": stood.as_secs_f64(), "copied": self.shared.still.get() }).to_string()
         }))
     }
 
     /// What a later one can be a difference from, once this is complete; not where nobody was to keep it.
     pub fn kept(&self) -> Option<Base> {
         let written = self.shared.outcome.get()?.as_ref().ok()?;
-        self.target.keep.then(|| written.base.clone())
+        self.keep.then(|| written.base.clone())
     }
 
     /// Nobody waits for it any more, unless it is complete: that gives what became of it.

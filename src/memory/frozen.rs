@@ -52,7 +52,7 @@ impl Memory {
     /// The host cannot: see [`Guarded::new`]; or RAM is not in a memory file alone.
     pub fn freeze(&self) -> io::Result<Frozen> {
         if self.all.private || self.all.hugepages {
-            return Err(io::Error::other("its RAM is mapped from a snapshot, or made of huge pages"));
+            return Err(io::Error::other("its RAM is made of huge pages"));
         }
         self.settle();
         let guarded = Guarded::new()?;
@@ -79,7 +79,7 @@ impl Memory {
     }
 
     /// Where a part of one mapping is in this process.
-    fn place(&self, part: Span) -> Option<(usize, usize)> {
+    pub fn place(&self, part: Span) -> Option<(usize, usize)> {
         let size = usize::try_from(part.size).ok()?;
         let (mapping, at) = self.one(part.start, size)?;
         Some((mapping.bytes(at, size)?.addr(), size))

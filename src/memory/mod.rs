@@ -309,6 +309,11 @@ impl Memory {
     /// the others would make them.
     pub fn touched(&self, span: Span) -> Vec<Span> {
         self.settle();
+        self.touched_in(span, None)
+    }
+
+    /// The same of the process that this `pagemap` is of, which has what this one had.
+    pub fn touched_in(&self, span: Span, pagemap: Option<&File>) -> Vec<Span> {
         let mut both = self.all.ram.iter().zip(&self.all.mappings);
         let Some((region, mapping)) = both.find(|(region, _)| region.start_addr().0 == span.start) else {
             return vec![span];
@@ -316,7 +321,7 @@ impl Memory {
         let Some(backing) = region.file_offset() else { return vec![span] };
         let mut parts = pages::data(backing.file(), backing.start(), span.size);
         if self.all.private {
-            match pages::own(mapping.start().addr(), span.size) {
+            match pages::own(pagemap, mapping.start().addr(), span.size) {
                 Ok(own) => parts.extend(own),
                 Err(_) => return vec![span],
             }

@@ -40,12 +40,14 @@ pub fn data(file: &File, start: u64, size: u64) -> Vec<(u64, u64)> {
     parts
 }
 
-/// Those of the `size` bytes that are privately mapped at `host` that were written to, whole pages: the same.
+/// Those of the `size` bytes that are privately mapped at `host` that were written to, whole pages: the same. In this process,
+/// or in that of `map`.
 ///
 /// # Errors
 /// The host does not say.
-pub fn own(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
-    which(host, size, |page| page & (PRESENT | SWAPPED) != 0 && page & OF_FILE == 0)
+pub fn own(map: Option<&File>, host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
+    let is = |page| page & (PRESENT | SWAPPED) != 0 && page & OF_FILE == 0;
+    map.map_or_else(|| which(&of_this()?, host, size, is), |map| which(map, host, size, is))
 }
 
 /// Those of the `size` bytes that are mapped at `host` that this process has touched, or the host with what lay beside.
@@ -53,11 +55,15 @@ pub fn own(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
 /// # Errors
 /// The host does not say.
 pub fn touched(host: usize, size: u64) -> io::Result<Vec<(u64, u64)>> {
-    which(host, size, |page| page & (PRESENT | SWAPPED) != 0)
+    which(&of_this()?, host, size, |page| page & (PRESENT | SWAPPED) != 0)
 }
 
-fn which(host: usize, size: u64, is: impl Fn(u64) -> bool) -> io::Result<Vec<(u64, u64)>> {
-    let (page, map) = (super::page_size(), File::open("/proc/self/pagemap")?);
+fn of_this() -> io::Result<File> {
+    File::open("/proc/self/pagemap")
+}
+
+fn which(map: &File, host: usize, size: u64, is: impl Fn(u64) -> bool) -> io::Result<Vec<(u64, u64)>> {
+    let page = super::page_size();
     let mut parts: Vec<(u64, u64)> = Vec::new();
     let mut bytes = vec![0; 8 * AT_ONCE];
     let mut at = 0;

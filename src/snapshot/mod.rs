@@ -7,6 +7,7 @@
 mod checked;
 mod diff;
 mod lazy;
+mod moment;
 mod ram;
 mod write;
 
@@ -25,8 +26,8 @@ use twox_hash::XxHash64;
 pub use self::diff::{Base, merge};
 pub use self::lazy::NOTED;
 use self::lazy::{Coming, Noting, WorkingSet};
+pub use self::moment::{Moment, Watched};
 use self::ram::{Image, Ram};
-pub use self::ram::{Moment, Watched};
 pub use self::write::{Taken, Target, Written};
 use crate::arch::{self, SavedCpu};
 use crate::board::SavedVm;

@@ -3,27 +3,25 @@
 //! Invariant: no byte of it reaches a guest that was not compared with its sum since the file last changed, and the file
 //! cannot change as long as it is open here (where the host has leases).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::thread;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::diff::{Base, zeroes};
-use super::write::{Target, check, make};
+use super::diff::zeroes;
+use super::write::{Target, make};
 use super::{Verify, Xxh64, broken, checked, sum};
 use crate::error::Refusal;
-use crate::event::{Edge, Readiness};
 use crate::host::sys;
-use crate::memory::{Frozen, Memory, Span, Waiting, pages};
+use crate::memory::{Memory, Span, pages};
 
 /// Bytes of RAM with a sum of their own.
 pub const BLOCK: u64 = 64 << 10;
@@ -57,7 +55,7 @@ pub fn block() -> Vec<u8> {
 }
 
 /// Where each mapping of RAM begins in the file, and how long that is: each begins a block.
-fn places(spans: impl IntoIterator<Item = Span>) -> (Vec<(u64, Span)>, u64) {
+pub fn places(spans: impl IntoIterator<Item = Span>) -> (Vec<(u64, Span)>, u64) {
     let mut end = 0;
     let place = |span: Span| {
         let start = end;
@@ -68,12 +66,12 @@ fn places(spans: impl IntoIterator<Item = Span>) -> (Vec<(u64, Span)>, u64) {
     (places, end)
 }
 
-fn spans(memory: &Memory) -> impl Iterator<Item = Span> {
+pub fn spans(memory: &Memory) -> impl Iterator<Item = Span> {
     memory.slots().into_iter().map(|slot| slot.span)
 }
 
 /// A part of RAM, within one mapping: where it is in RAM, and in the file.
-type Part = (Span, u64);
+pub type Part = (Span, u64);
 
 /// The part that an address lies in.
 pub fn part_of(places: &[(u64, Span)], addr: u64) -> Option<Part> {
@@ -112,146 +110,6 @@ pub fn sum_of(blocks: &[(u64, Xxh64)], block: u64) -> Option<Xxh64> {
     blocks.get(at).map(|(_, xxh64)| *xxh64)
 }
 
-/// What [`Watched::watch`] waits for.
-const WAITING: u64 = 0;
-const NOW: u64 = 1;
-
-/// RAM of a machine that goes on until it is to be kept: what changes meanwhile is known.
-pub struct Watched {
-    moment: Moment,
-    frozen: Frozen,
-}
-
-impl Watched {
-    /// Begins to watch.
-    ///
-    /// # Errors
-    /// The host has no way to that.
-    pub fn new(memory: &Memory) -> io::Result<Self> {
-        let frozen = memory.freeze()?;
-        // What begins from here on is told of.
-        let moment = Moment::still(memory);
-        frozen.guard(moment.parts.iter().map(|(span, _)| *span))?;
-        Ok(Self { moment, frozen })
-    }
-
-    /// Lets the machine change what it likes until `now` is readable.
-    ///
-    /// # Errors
-    /// The host refuses.
-    pub fn watch(&mut self, now: impl AsFd) -> io::Result<()> {
-        let (readiness, mut ready) = (Readiness::new()?, Vec::new());
-        readiness.watch(&self.frozen, WAITING, Edge::Level)?;
-        readiness.watch(now, NOW, Edge::Level)?;
-        while !ready.contains(&NOW) {
-            self.answer()?;
-            readiness.wait(None, &mut ready)?;
-        }
-        self.answer()
-    }
-
-    fn answer(&mut self) -> io::Result<()> {
-        while let Some(waiting) = self.frozen.waiting() {
-            let (Waiting::ToWrite(addr) | Waiting::ToBegin(addr)) = waiting;
-            let Some(part) = part_of(&self.moment.places, addr) else { continue };
-            self.moment.changed.insert(part);
-            match waiting {
-                Waiting::ToWrite(_) => self.frozen.let_go(part.0)?,
-                Waiting::ToBegin(_) => self.frozen.begin(addr)?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Now: the machine stands still, and may go on when this returns.
-    ///
-    /// # Errors
-    /// The host refuses.
-    pub fn freeze(mut self) -> io::Result<Moment> {
-        self.answer()?;
-        self.frozen.guard(self.moment.changed.iter().map(|(span, _)| *span))?;
-        Ok(Moment { frozen: Some(self.frozen), ..self.moment })
-    }
-}
-
-/// RAM at a moment, to be written.
-pub struct Moment {
-    memory: Memory,
-    places: Vec<(u64, Span)>,
-    bytes: u64,
-    parts: Vec<Part>,
-    /// Those that changed, or began, since they were guarded; some are among them twice.
-    changed: BTreeSet<Part>,
-    /// None: the machine stands still until it is written.
-    frozen: Option<Frozen>,
-    /// None: all of it is written.
-    base: Option<Base>,
-}
-
-impl Moment {
-    /// The RAM of a machine that stands still, and has to until this is written.
-    pub fn still(memory: &Memory) -> Self {
-        let (places, bytes) = places(spans(memory));
-        // What may hold anything but zeroes.
-        let parts = parts_of(&places, places.iter().flat_map(|(_, span)| memory.touched(*span)));
-        Self { memory: memory.clone(), places, bytes, parts, changed: BTreeSet::new(), frozen: None, base: None }
-    }
-
-    /// Only what is not as it was then is to be written.
-    #[must_use]
-    pub fn since(self, base: Option<Base>) -> Self {
-        Self { base, ..self }
-    }
-
-    /// What it is a difference from, if it is one.
-    pub(super) fn base(&self) -> Option<&Base> {
-        self.base.as_ref()
-    }
-
-    /// Blocks that held something then, and are not among the parts that anybody touched: they were given back to the host.
-    fn given_back(&self) -> impl Iterator<Item = u64> {
-        let then = self.base.iter().flat_map(|base| base.blocks.iter().map(|(block, _)| *block));
-        // Parts are in the order of their places too.
-        then.filter(|block| self.parts.binary_search_by_key(&(block * BLOCK), |(_, at)| *at).is_err())
-    }
-
-    /// Writes it, but for what is all zeroes, or as it was.
-    ///
-    /// # Errors
-    /// The host cannot, or it is `cancelled`.
-    pub fn pour(mut self, path: &Path, target: &Target, cancelled: &AtomicBool) -> Result<Ram> {
-        let of_another = self.base.as_ref().is_some_and(|base| base.bytes != self.bytes);
-        anyhow::ensure!(!of_another, "a difference from a machine of other RAM");
-        let mut pouring = Pouring::new(path)?;
-        self.parts.extend(std::mem::take(&mut self.changed));
-        self.parts.sort_unstable();
-        self.parts.dedup();
-        let mut done = vec![false; self.parts.len()];
-        for number in 0..self.parts.len() {
-            check(cancelled)?;
-            // Who waits comes first.
-            while let Some((frozen, waiting)) = self.frozen.as_ref().and_then(|f| Some((f, f.waiting()?))) {
-                let (Waiting::ToWrite(addr) | Waiting::ToBegin(addr)) = waiting;
-                if let Some(part) = part_of(&self.places, addr) {
-                    // What is not among them was empty, and nobody guards it.
-                    if let Ok(number) = self.parts.binary_search(&part) {
-                        pouring.keep(&self, number, &mut done)?;
-                    }
-                    frozen.let_go(part.0).context("letting a guest go on")?;
-                }
-                if let Waiting::ToBegin(addr) = waiting {
-                    frozen.begin(addr).context("letting a guest go on")?;
-                }
-            }
-            pouring.keep(&self, number, &mut done)?;
-        }
-        drop(self.frozen.take());
-        pouring.sums.extend(self.given_back().map(|block| (block, zeroes())));
-        check(cancelled)?;
-        pouring.end(self.bytes, target)
-    }
-}
-
 /// Writes the RAM that several files are when each is laid over those before it; all that is in them is compared with its sum.
 /// Where the first is `whole`, so is what this makes, and zeroes need not be said.
 ///
@@ -276,7 +134,7 @@ pub fn merge(images: &[&Image], whole: bool, path: &Path, target: &Target) -> Re
 }
 
 /// A file that RAM is written to.
-struct Pouring<'a> {
+pub struct Pouring<'a> {
     path: &'a Path,
     file: File,
     sums: BTreeMap<u64, Xxh64>,
@@ -284,25 +142,22 @@ struct Pouring<'a> {
 }
 
 impl<'a> Pouring<'a> {
-    fn new(path: &'a Path) -> Result<Self> {
+    pub fn new(path: &'a Path) -> Result<Self> {
         Ok(Self { path, file: make(path)?, sums: BTreeMap::new(), bytes: block() })
     }
 
-    /// Writes one part, the first time that it is asked for.
-    fn keep(&mut self, moment: &Moment, number: usize, done: &mut [bool]) -> Result<()> {
-        let (Some((span, at)), Some(done)) = (moment.parts.get(number), done.get_mut(number)) else { return Ok(()) };
-        if std::mem::replace(done, true) {
-            return Ok(());
-        }
+    /// Writes a block as `read` gives it, unless that was its sum `before`.
+    pub fn keep(
+        &mut self,
+        block: u64,
+        size: u64,
+        before: Option<Xxh64>,
+        read: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
         // The last block of a mapping may be longer than the mapping.
         self.bytes.fill(0);
-        let place = self.bytes.get_mut(..span.size as usize).unwrap_or_default();
-        match moment.frozen {
-            Some(_) => moment.memory.peek(span.start, place)?,
-            None => moment.memory.read(span.start, place)?,
-        }
-        let (block, now) = (at / BLOCK, self.now());
-        let before = moment.base.as_ref().and_then(|base| base.sum_of(block));
+        read(self.bytes.get_mut(..size as usize).unwrap_or_default())?;
+        let now = self.now();
         if now == before { Ok(()) } else { self.put(block, now) }
     }
 
@@ -321,7 +176,12 @@ impl<'a> Pouring<'a> {
         Ok(())
     }
 
-    fn end(self, bytes: u64, target: &Target) -> Result<Ram> {
+    /// A block that was not zeroes, and is now.
+    pub fn is_zeroes(&mut self, block: u64) {
+        self.sums.insert(block, zeroes());
+    }
+
+    pub fn end(self, bytes: u64, target: &Target) -> Result<Ram> {
         self.file.set_len(bytes).with_context(|| format!("writing {}", self.path.display()))?;
         target.sync(&self.file, self.path)?;
         Ok(Ram { bytes, blocks: self.sums.into_iter().collect() })

@@ -109,6 +109,46 @@ fn what_was_written_is_read() {
     assert!(shown.contains("guest: guest") && shown.contains("384K that are not zeroes"), "{shown}");
 }
 
+/// RAM that was just made, and that is mapped from a snapshot.
+#[test]
+fn what_is_written_is_what_was_there_at_the_moment() {
+    let (folder, path) = snapshot();
+    let mapped = Snapshot::open(&path, MAP).unwrap().memory(&spans(), bell).unwrap();
+    mapped.write(12 * BLOCK, b"own").unwrap();
+    for memory in [written(), mapped] {
+        let before = all(&memory);
+        let (mut watched, now) = (Watched::new(&memory), bell());
+        now.ring();
+        watched.watch(&now).unwrap();
+        let (moment, still) = watched.freeze().unwrap();
+        if let Some(why) = still {
+            crate::host::skipped(&why);
+            continue;
+        }
+        // What was its own, what it shared, what was given back, and what nobody had touched.
+        let guest = memory.clone();
+        let writer = std::thread::spawn(move || {
+            for block in 0..16 {
+                guest.give_back(Span { start: (block + 1) % 16 * BLOCK, size: BLOCK });
+                guest.write(block * BLOCK, &[0x55; 9]).unwrap();
+            }
+        });
+        let (again, never) = (folder.path().join("again"), std::sync::atomic::AtomicBool::new(false));
+        let taken = Taken::new("guest", Config::default(), state()).unwrap();
+        if memory.is_of_an_image() {
+            // Nobody waits.
+            writer.join().unwrap();
+            taken.write(moment, &at(&again), &never).unwrap();
+        } else {
+            taken.write(moment, &at(&again), &never).unwrap();
+            writer.join().unwrap();
+        }
+        assert!(all(&Snapshot::open(&again, MAP).unwrap().memory(&spans(), bell).unwrap()) == before);
+        assert!(all(&memory) != before);
+        std::fs::remove_dir_all(again).unwrap();
+    }
+}
+
 #[test]
 fn a_snapshot_never_changes_and_nothing_is_left_of_one_that_failed() {
     let (folder, path) = snapshot();

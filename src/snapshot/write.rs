@@ -12,12 +12,11 @@ use anyhow::{Context, Result};
 use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 
 use super::diff::Base;
-use super::ram::Moment;
+use super::moment::Moment;
 use super::{Disk, FORMAT, MANIFEST, MANIFEST_SUM, MEMORY, MOST, Manifest, STATE, State, Sum, Xxh64, is_partial, sum};
 use crate::arch;
 use crate::config::Config;
 use crate::error::refuse;
-use crate::host::sys::is_asked_to_end;
 use crate::virtio::block::{Options, copy, open_own, serial};
 
 /// Where a snapshot is to be.
@@ -139,8 +138,8 @@ impl Taken {
     /// Copies the disks that the machine writes to, while it stands still, where `target` asks for that.
     ///
     /// # Errors
-    /// The snapshot or a copy is there already, the host cannot read or write, or this process is asked to end.
-    pub fn copy_disks(&mut self, target: &Target) -> Result<()> {
+    /// The snapshot or a copy is there already, the host cannot read or write, or it is `cancelled`.
+    pub fn copy_disks(&mut self, target: &Target, cancelled: &AtomicBool) -> Result<()> {
         let Some(into) = &target.disks else { return Ok(()) };
         target.check()?;
         for (number, words) in self.config.disk.iter().enumerate() {
@@ -149,7 +148,7 @@ impl Taken {
                 let what = || format!("copying {}", options.path.display());
                 let (from, path) = (open_own(&options.path).with_context(what)?, into.join(number.to_string()));
                 let to = make(&path)?;
-                let copied = copy(&from, &to, || !is_asked_to_end());
+                let copied = copy(&from, &to, || !cancelled.load(Ordering::Relaxed));
                 self.copies.made.push((to, path));
                 copied.with_context(what)?;
             }

@@ -22,6 +22,7 @@ pub mod lease;
 pub mod process;
 pub mod room;
 pub mod state;
+pub mod twin;
 pub mod uring;
 pub mod userfault;
 
@@ -190,6 +191,18 @@ fn mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
     }
 }
 
+/// Blocks all signals that can be blocked in this thread; gives those that were.
+fn mask_all() -> io::Result<libc::sigset_t> {
+    let (mut all, mut before) = (set_of(&[]), set_of(&[]));
+    // SAFETY: the set is valid for the call.
+    unsafe { libc::sigfillset(&raw mut all) };
+    // SAFETY: both sets are valid for the call.
+    match unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) } {
+        0 => Ok(before),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
 /// Whether whoever started this process asked that the signal be ignored, as nohup and a script's `&` do.
 fn is_ignored(signal: i32) -> bool {
     // SAFETY: all zeroes is a valid sigaction.
@@ -222,15 +235,6 @@ pub fn next_signal(signals: &OwnedFd) -> Option<i32> {
     let count = rustix::io::read(signals, &mut info).ok()?;
     // Its number is the first word of `signalfd_siginfo`.
     (count == info.len()).then(|| info.first_chunk().copied().map(i32::from_ne_bytes))?
-}
-
-/// Whether a signal waits that asks this process to end.
-pub fn is_asked_to_end() -> bool {
-    let mut waiting = set_of(&[]);
-    // SAFETY: the call writes one set of signals, which this is.
-    unsafe { libc::sigpending(&raw mut waiting) };
-    // SAFETY: the set was written, or is empty.
-    ENDS.into_iter().any(|signal| unsafe { libc::sigismember(&raw const waiting, signal) } == 1)
 }
 
 /// Keeps a signal waiting until [`control_signals`] asks for it.

@@ -46,6 +46,8 @@ const PAUSE_OF_GIB: f64 = 3.0;
 
 /// MiB that a guest has written to.
 const SIZES: [u32; 3] = [16, 256, 1024];
+/// Machines that came of a snapshot.
+const OF_ONE: [&str; 2] = ["shared", "again"];
 
 /// In real mode, counts in RAM and prints the last three bits as a digit, again and again (docs/snapshots.md).
 const COUNTS: [u8; 17] =
@@ -56,9 +58,20 @@ const IDLE: [u8; 10] = [0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xfb, 0xf4, 0xeb, 0x
 /// In protected mode, writes a word to each page of so many MiB, then prints for ever: `mov edi,0x100000; mov ecx,pages;
 /// L: mov [edi],edi; add edi,0x1000; dec ecx; jnz L; mov dx,0x3f8; mov al,'.'; M: out dx,al; jmp M`
 fn touches(mib: u32) -> Vec<u8> {
+    [touches_once(mib), vec![0xeb, 0xfd]].concat()
+}
+
+/// The same, and then again from the start, for ever.
+fn touches_again(mib: u32) -> Vec<u8> {
+    let once = touches_once(mib);
+    let back = (once.len() as u8 + 2).wrapping_neg();
+    [once, vec![0xeb, back]].concat()
+}
+
+fn touches_once(mib: u32) -> Vec<u8> {
     let head = [0xbf, 0, 0, 0x10, 0, 0xb9];
     let rest = [0x89, 0x3f, 0x81, 0xc7, 0, 0x10, 0, 0, 0x49, 0x75, 0xf5, 0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee];
-    [&head[..], &(mib * 256).to_le_bytes(), &rest, &[0xeb, 0xfd]].concat()
+    [&head[..], &(mib * 256).to_le_bytes(), &rest].concat()
 }
 
 /// Measures and prints.
@@ -243,15 +256,23 @@ fn touched(mib: u32) -> String {
 fn pauses(place: &Place) -> Result<()> {
     let mut machines = Vec::new();
     for mib in SIZES {
-        let machine = place.start(&format!("p{mib}"), &touches(mib), &touched(mib))?;
-        place.tell(&format!("pause p{mib}"))?;
-        machines.push((mib, machine, Series::default()));
+        let name = format!("p{mib}");
+        let machine = place.start(&name, &touches(mib), &touched(mib))?;
+        place.tell(&format!("pause {name}"))?;
+        machines.push((name, machine, Series::default()));
+    }
+    // Those that came of a snapshot themselves.
+    for (name, code) in OF_ONE.into_iter().zip([touches(1024), touches_again(1024)]) {
+        place.snapshot(name, &code, &touched(1024))?;
+        let machine = place.restored(name)?;
+        place.tell(&format!("pause {name}"))?;
+        machines.push((name.to_owned(), machine, Series::default()));
     }
     for round in 0..=place.runs {
-        for (mib, _, times) in &mut machines {
-            place.tell(&format!("resume p{mib}"))?;
-            let told = place.tell(&format!("snapshot p{mib} pause.snapshot"))?;
-            place.tell(&format!("pause p{mib}"))?;
+        for (name, _, times) in &mut machines {
+            place.tell(&format!("resume {name}"))?;
+            let told = place.tell(&format!("snapshot {name} pause.snapshot"))?;
+            place.tell(&format!("pause {name}"))?;
             fs::remove_dir_all(place.folder.join("pause.snapshot"))?;
             if round > 0 {
                 times.0.push(stood_still(&told)?);
@@ -262,7 +283,8 @@ fn pauses(place: &Place) -> Result<()> {
         "| 5. a snapshot of a machine that runs: it stands still, ms, min / p50 / p99 | | promised |\n|---|---|---|"
     );
     let mut least = None;
-    for (mib, machine, times) in machines {
+    let mut machines = machines.into_iter();
+    for (mib, (_, machine, times)) in SIZES.into_iter().zip(&mut machines) {
         machine.end()?;
         let (middle, gib) = (times.p50(), f64::from(mib) / 1024.0);
         let (first, first_gib) = *least.get_or_insert((middle, gib));
@@ -276,6 +298,10 @@ fn pauses(place: &Place) -> Result<()> {
             _ => "reported".into(),
         };
         println!("| {mib} MiB that the guest has written to | {} | {promise} |", times.cell(1.0, 1));
+    }
+    for (what, (_, machine, times)) in ["shares with it", "has written to since"].into_iter().zip(machines) {
+        machine.end()?;
+        println!("| came of a snapshot: 1024 MiB that it {what} | {} | reported |", times.cell(1.0, 1));
     }
     Ok(())
 }

@@ -73,9 +73,20 @@ impl Place {
     /// Starts a machine, and waits until its guest has printed something.
     pub fn start(&self, name: &str, code: &[u8], words: &str) -> Result<Live> {
         fs::write(self.folder.join(format!("{name}.bin")), code)?;
-        let words = format!("run {name}.bin --name {name} --serial file:{name}.out {words}");
-        let machine = Live(self.bantam(&words).spawn()?);
+        self.begin(name, &format!("run {name}.bin {words}"))
+    }
+
+    /// The same for one that goes on where its snapshot was written.
+    pub fn restored(&self, name: &str) -> Result<Live> {
+        self.begin(name, &format!("restore {name}.snapshot"))
+    }
+
+    fn begin(&self, name: &str, words: &str) -> Result<Live> {
+        let words = format!("{words} --name {name} --serial file:{name}.out");
         let out = self.folder.join(format!("{name}.out"));
+        // What one of that name has printed before.
+        let _ = fs::remove_file(&out);
+        let machine = Live(self.bantam(&words).spawn()?);
         wait_for(&words, || fs::metadata(&out).is_ok_and(|out| out.len() > 0))?;
         Ok(machine)
     }
