@@ -78,10 +78,11 @@ fn keeps() -> bool {
 }
 
 /// Whether a machine's CPUs and devices are at work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// They are.
+    #[default]
     Running,
     /// They stand still until somebody has them go on.
     Paused,
@@ -91,7 +92,7 @@ pub enum State {
 pub type Answer = Result<String, String>;
 
 /// A machine, as `ps` lists it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Info {
     /// Its name.
     pub name: String,
@@ -115,20 +116,10 @@ pub struct Info {
 
 impl Info {
     fn of(value: &Value) -> Option<Self> {
-        let number = |name: &str| value[name].as_u64();
+        let info = Self::deserialize(value).ok()?;
         // Whoever answers may not be Bantam: what is shown has a bound.
-        let text = |name: &str| value[name].as_str().map(|text| text.chars().take(200).collect());
-        Some(Self {
-            name: text("name")?,
-            pid: number("pid")?.try_into().ok()?,
-            age: value["age"].as_f64()?,
-            state: State::deserialize(&value["state"]).ok()?,
-            guest: text("guest")?,
-            cpus: number("cpus")?.try_into().ok()?,
-            memory: number("memory")?,
-            exits_per_second: value["exits_per_second"].as_f64(),
-            balloon: number("balloon"),
-        })
+        let bound = |text: String| text.chars().take(200).collect();
+        Some(Self { name: bound(info.name), guest: bound(info.guest), ..info })
     }
 }
 

@@ -3,10 +3,9 @@
 //! A machine with a name of its own takes its socket before it is built. Any other makes one once it has lived for
 //! [`LATE`]: to make it takes longer than a small guest runs, and nobody asks a machine of two milliseconds anything.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::telling::Telling;
 use super::writing::Writing;
@@ -18,7 +17,6 @@ use crate::host::output::Bell;
 use crate::host::say::say;
 use crate::memory::Memory;
 use crate::snapshot::{Base, Taken, Target};
-use crate::virtio::balloon;
 
 const LATE: Duration = Duration::from_millis(50);
 /// How long a machine with a name waits for others that are starting.
@@ -41,7 +39,7 @@ pub struct Control {
     /// Rung for the event loop.
     bell: Bell,
     /// The machine's balloon, in all its lives.
-    pub balloon: Option<Arc<balloon::Wish>>,
+    pub balloon: crate::virtio::balloon::Remote,
 }
 
 /// What clients want of the machine.
@@ -84,15 +82,11 @@ impl Control {
         let info = Info {
             name: config.name.clone().unwrap_or_else(|| format!("bantam-{pid}")),
             pid,
-            age: 0.0,
-            state: State::Running,
-            guest: String::new(),
             cpus: config.cpus.count(),
             memory: config.memory.0,
-            exits_per_second: None,
-            balloon: None,
+            ..Info::default()
         };
-        let balloon = config.balloon.then(balloon::Wish::new).transpose().context("eventfd")?;
+        let balloon = crate::virtio::balloon::Remote::new(config.balloon)?;
         let due = server.is_none().then(|| started + LATE);
         Ok(Self { info, started, server, due, wish: Wish::default(), writing: None, base: None, bell, balloon })
     }
@@ -132,16 +126,25 @@ impl Control {
         let Self { info, started, server, wish, writing, base, balloon, bell, .. } = self;
         let Some(server) = server else { return Ok(Wish::default()) };
         info.age = started.elapsed().as_secs_f64();
-        info.balloon = balloon.as_ref().map(|balloon| balloon.told().actual);
+        info.balloon = balloon.actual();
         if let Some(outcome) = writing.as_ref().and_then(Writing::outcome) {
             *base = writing.take().and_then(|writing| writing.kept()).or(base.take());
             server.deliver(&outcome, Some(readiness))?;
         }
-        let (balloon, busy, first) = (balloon.as_deref(), writing.is_some(), base.is_none());
+        let (busy, first) = (writing.is_some(), base.is_none());
         server.serve(readiness, ready, &mut |request| match request {
             Request::Snapshot { .. } if busy => Some(Err("a snapshot of this machine is being written".into())),
             Request::Snapshot { diff: true, .. } if first => Some(Err(FIRST.into())),
-            request => answer(request, info, telling, balloon, wish),
+            Request::Snapshot { path, keep, diff, disks } => aim(Target { path, keep, disks }, diff, wish),
+            Request::Ping {} => Some(ping(info, telling)),
+            Request::Stats { start } => Some(stats(start, telling, wish)),
+            Request::Balloon { size } => Some(balloon.ask(size, info.memory)),
+            Request::Pause {} => be(State::Paused, info, wish),
+            Request::Resume {} => be(State::Running, info, wish),
+            Request::Stop {} => {
+                wish.stop = true;
+                Some(Ok("null".into()))
+            }
         })?;
         if let Some((target, diff)) = wish.target.take() {
             match Writing::start(memory, target, base.clone().filter(|_| diff), bell.clone()) {
@@ -225,56 +228,33 @@ fn be(state: State, info: &Info, wish: &mut Wish) -> Option<Answer> {
     None
 }
 
-/// Says how the balloon is, after it was told how large it shall be.
-fn aim(balloon: Option<&balloon::Wish>, size: Option<u64>, memory: u64) -> Answer {
-    let balloon = balloon.ok_or("this machine has no balloon; start it with --balloon")?;
-    match size {
-        Some(size) if size > memory => return Err(format!("the machine has {memory} bytes of RAM in all")),
-        Some(size) => balloon.aim(size),
-        None => {}
+/// Has a snapshot written, if it can be there.
+fn aim(target: Target, diff: bool, wish: &mut Wish) -> Option<Answer> {
+    if !target.path.is_absolute() || target.disks.as_ref().is_some_and(|disks| !disks.is_absolute()) {
+        return Some(Err("the folder is to be named by its whole path".into()));
     }
-    serde_json::to_string(&balloon.told()).map_err(|e| e.to_string())
+    wish.target = Some((target, diff));
+    None
 }
 
-/// Answers a request; none where somebody carries it out first, as `wish` says then.
-fn answer(
-    request: Request,
-    info: &Info,
-    telling: &Telling,
-    balloon: Option<&balloon::Wish>,
-    wish: &mut Wish,
-) -> Option<Answer> {
-    let json = match (request, telling.stats()) {
-        (Request::Ping {}, stats) => {
-            let exits_per_second = stats.map(|stats| stats.report().per_second());
-            serde_json::to_string(&Info { exits_per_second, ..info.clone() })
-        }
-        (Request::Stats { .. }, Some(stats)) => {
+fn ping(info: &Info, telling: &Telling) -> Answer {
+    let exits_per_second = telling.stats().map(|stats| stats.report().per_second());
+    serde_json::to_string(&Info { exits_per_second, ..info.clone() }).map_err(|e| e.to_string())
+}
+
+/// The statistics, where there are any, or once somebody wants them to be counted.
+fn stats(start: bool, telling: &Telling, wish: &mut Wish) -> Answer {
+    match telling.stats() {
+        Some(stats) => {
             let report = stats.report();
             let table = serde_json::to_string(&report.table()).unwrap_or_default();
-            serde_json::to_string(&report).map(|report| format!("{{\"table\":{table},\"report\":{report}}}"))
+            let report = serde_json::to_string(&report).map_err(|e| e.to_string())?;
+            Ok(format!("{{\"table\":{table},\"report\":{report}}}"))
         }
-        (Request::Stats { start: true }, None) => {
+        None if start => {
             wish.count = true;
-            return Some(Ok("null".into()));
+            Ok("null".into())
         }
-        (Request::Stats { start: false }, None) => {
-            return Some(Err("this machine keeps no statistics; start it with --stats".into()));
-        }
-        (Request::Balloon { size }, _) => return Some(aim(balloon, size, info.memory)),
-        (Request::Stop {}, _) => {
-            wish.stop = true;
-            return Some(Ok("null".into()));
-        }
-        (Request::Pause {}, _) => return be(State::Paused, info, wish),
-        (Request::Resume {}, _) => return be(State::Running, info, wish),
-        (Request::Snapshot { path, keep, diff, disks }, _) => {
-            if !path.is_absolute() || disks.as_ref().is_some_and(|disks| !disks.is_absolute()) {
-                return Some(Err("the folder is to be named by its whole path".into()));
-            }
-            wish.target = Some((Target { path, keep, disks }, diff));
-            return None;
-        }
-    };
-    Some(json.map_err(|e| e.to_string()))
+        None => Err("this machine keeps no statistics; start it with --stats".into()),
+    }
 }

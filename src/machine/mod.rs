@@ -43,8 +43,8 @@ use crate::snapshot::Snapshot;
 use crate::stats::{Halts, Recorder};
 use crate::trace::{self, Filter, Last, LastExits, Off, Print, Recent, Record, Recording, Symbols};
 use crate::vcpu::{Flag, PANICKED, Stop, Vcpu, run_loop};
-use crate::virtio::Ends;
 use crate::virtio::worker::{self, Bench, Working};
+use crate::virtio::{Ends, console};
 use crate::vm::{Vm, kvm};
 
 /// How long a guest that dies and reboots is silent between two reports.
@@ -389,8 +389,9 @@ fn build_on(
     let layout = arch::layout(&config)?;
     let memory = memory(&layout.memory())?;
     vm.map(&memory)?;
-    let balloon = streams.control.balloon.clone();
-    let ends = Ends { memory: memory.clone(), console: streams.terminal(), balloon };
+    let console = streams.terminal().map(|far| Box::new(console::Console::new(Box::new(far))) as _);
+    let connected = console.into_iter().chain(streams.control.balloon.device()).collect();
+    let ends = Ends { memory: memory.clone(), connected };
     let wires = Wires { serial: streams.serial_console(), debug: streams.debug_console(), ends };
     let mut board = board::build(&vm, &config, &layout, wires)?;
     let vcpus = (0..config.cpus.count()).map(|id| vm.vcpu(id)).collect::<Result<Vec<_>>>()?;

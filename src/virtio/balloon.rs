@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rustix::fd::AsFd;
 use serde::{Deserialize, Serialize};
 
@@ -90,6 +90,43 @@ impl Wish {
         let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
         let (given_back, ignored) = (count(&self.given_back), count(&self.ignored));
         Told { target: bytes(&self.target), actual: bytes(&self.actual), given_back, ignored }
+    }
+}
+
+/// What a machine has of its balloon, if it has one, in all its lives.
+pub struct Remote(Option<Arc<Wish>>);
+
+impl Remote {
+    /// Of one that it has, or not.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn new(has: bool) -> Result<Self> {
+        Ok(Self(has.then(Wish::new).transpose().context("eventfd")?))
+    }
+
+    /// How many bytes it holds.
+    pub fn actual(&self) -> Option<u64> {
+        self.0.as_ref().map(|wish| wish.told().actual)
+    }
+
+    /// How it is, as JSON, after it was told how large it shall be in a machine of so much RAM.
+    ///
+    /// # Errors
+    /// There is none, or so much RAM.
+    pub fn ask(&self, size: Option<u64>, memory: u64) -> Result<String, String> {
+        let wish = self.0.as_ref().ok_or("this machine has no balloon; start it with --balloon")?;
+        match size {
+            Some(size) if size > memory => return Err(format!("the machine has {memory} bytes of RAM in all")),
+            Some(size) => wish.aim(size),
+            None => {}
+        }
+        serde_json::to_string(&wish.told()).map_err(|e| e.to_string())
+    }
+
+    /// The device.
+    pub fn device(&self) -> Option<Box<dyn VirtioDevice>> {
+        self.0.clone().map(|wish| Box::new(Balloon::new(wish)) as _)
     }
 }
 

@@ -6,11 +6,9 @@
 //! there. Invariant: a device is in one place at a time, and its queues with it.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 
 use crate::bus::Saved;
 use crate::config::{Config, Switch};
-use crate::console::HostTerminal;
 use crate::memory::Memory;
 
 pub mod balloon;
@@ -131,10 +129,8 @@ pub trait VirtioDevice: Send {
 pub struct Ends {
     /// Guest RAM.
     pub memory: Memory,
-    /// The console's far end, where there is one.
-    pub console: Option<HostTerminal>,
-    /// Who says how large the balloon shall be, where there is one.
-    pub balloon: Option<Arc<balloon::Wish>>,
+    /// Devices whose far ends are the machine's own.
+    pub connected: Vec<Box<dyn VirtioDevice>>,
 }
 
 /// The devices that a machine is asked to have, in the order of their slots.
@@ -152,8 +148,7 @@ pub fn devices(config: &Config, ends: Ends) -> anyhow::Result<Vec<Box<dyn Virtio
     if let Some(words) = &config.vsock {
         devices.push(Box::new(vsock::Vsock::new(words)?));
     }
-    devices.extend(ends.console.map(|far| Box::new(console::Console::new(Box::new(far))) as _));
-    devices.extend(ends.balloon.map(|wish| Box::new(balloon::Balloon::new(wish)) as _));
+    devices.extend(ends.connected);
     if config.rng == Some(Switch::On) {
         devices.push(Box::new(rng::Rng));
     }
