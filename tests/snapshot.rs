@@ -209,6 +209,38 @@ fn a_busy_linux_that_was_loaded_is_saved_the_same() {
     shell.leave("poweroff -f\n");
 }
 
+/// A guest whose own guest runs at the moment: both go on, together.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_guest_that_runs_guests_goes_on_with_them() {
+    if !kvm() {
+        return;
+    }
+    let nested = std::fs::read_to_string("/sys/module/kvm_amd/parameters/nested").unwrap_or_default();
+    if !["1", "Y"].contains(&nested.trim()) {
+        return skipped("this host's KVM has no SVM for guests (kvm_amd, nested)");
+    }
+    let (place, guest) = (Place::new(), file(code::HYPERVISOR));
+    let started = place.counter(&guest, "--cpu-mode long");
+    for number in 0..5 {
+        let folder = place.path("one");
+        let before = place.pause(&place.path("out"));
+        place.tell(&format!("snapshot one {}", folder.display()));
+        place.tell("resume one");
+        let snapshot = Snapshot::open(&folder, How { freeze_clock: true, ..How::default() }).unwrap();
+        is_saved_the_same(&snapshot, &of(&snapshot).unwrap(), &format!("{number}"));
+        let again = place.path("again");
+        let words = format!("--serial file:{} --max-exits 2000 --timeout 60", again.display());
+        place.run("restore").arg(&folder).words(&words).run().expect(124).said("--max-exits reached");
+        goes_on(&before, &text(&again));
+        std::fs::remove_dir_all(folder).unwrap();
+        grows(&place.path("out"), before.len() as u64);
+    }
+    place.tell("stop one");
+    started.wait().expect(143);
+    goes_on("0", text(&place.path("out")).strip_prefix('0').unwrap());
+}
+
 /// At moments that depend on the seed, and on what the machine was at then.
 #[test]
 fn a_state_that_was_loaded_is_saved_the_same() {

@@ -24,15 +24,18 @@ use serde::{Deserialize, Serialize};
 use super::cpuid::lacking;
 use crate::config::IrqChip;
 use crate::error::{Refusal, refuse};
-use crate::host::sys::state::{ask, reads, size_of_request, writes};
+use crate::host::sys::state::{ask, nested, reads, set_nested, size_of_request, writes};
 
 /// IA32_TIME_STAMP_COUNTER, IA32_TSC_DEADLINE (SDM vol. 4), in the order in which they are set.
 const TIMES: [u32; 2] = [0x10, 0x6e0];
 
 /// Where a local APIC has the processor priority (SDM vol. 3, "Processor Priority Register"), as a word.
 const PRIORITY: usize = 0xa0 / 4;
+/// Where the state of a guest's guest by SVM has DR6 of the guest itself: behind the head, in the VMCB (AMD64 APM vol. 2,
+/// appendix B), as a word.
+const OUTER_DR6: usize = (128 + 0x568) / 4;
 
-/// CR4 and EFER: the guest runs guests of its own.
+/// CR4 and EFER: the guest may run guests of its own, by VMX or by SVM.
 const CR4_VMXE: u64 = 1 << 13;
 const EFER_SVME: u64 = 1 << 12;
 
@@ -71,10 +74,11 @@ const fn part<T>(name: &'static str, read: u64, set: u64) -> Part {
 }
 
 /// Those of a CPU in the order in which they are set; model-specific registers come before the last.
-const CPU: [Part; 8] = [
+const CPU: [Part; 9] = [
     part::<kvm_mp_state>(MP_STATE, 0x98, 0x99),
     part::<kvm_regs>("regs", 0x81, 0x82),
     part::<kvm_sregs>("sregs", 0x83, 0x84),
+    NESTED,
     part::<kvm_xsave>(XSAVE, 0xa4, 0xa5),
     part::<kvm_xcrs>("xcrs", 0xa6, 0xa7),
     part::<kvm_debugregs>("debugregs", 0xa1, 0xa2),
@@ -85,6 +89,9 @@ const MP_STATE: &str = "mp-state";
 const XSAVE: &str = "xsave";
 const LAPIC: Part = part::<kvm_lapic_state>("lapic", 0x8e, 0x8f);
 const EVENTS: Part = part::<kvm_vcpu_events>("events", 0x9f, 0xa0);
+/// The guest's own guests. It is there where EFER.SVME is set, has no size of its own, and is set once the registers are those
+/// of who runs, the guest or its guest, and before model-specific registers (api.rst, KVM_SET_NESTED_STATE).
+const NESTED: Part = Part { name: "nested", read: 0, set: 0 };
 
 /// KVM_GET_IRQCHIP is `_IOWR`, and KVM_SET_IRQCHIP `_IOR`, though it sets.
 const IRQCHIP: Part = Part { name: "irqchip", read: writes(0x62, SIZE) | reads(0x62, SIZE), set: reads(0x63, SIZE) };
@@ -138,9 +145,14 @@ pub struct SavedVm {
 
 /// Reads a structure; its first word says which of several is meant, where there are several.
 fn read(fd: &impl AsRawFd, part: &Part, name: &str, which: u32) -> Result<Words> {
-    let mut bytes = vec![0; size_of_request(part.read)];
-    bytes.iter_mut().zip(which.to_le_bytes()).for_each(|(byte, from)| *byte = from);
-    ask(fd, part.read, &mut bytes).with_context(|| format!("reading {name} from KVM"))?;
+    let bytes = if part.name == NESTED.name {
+        nested(fd)
+    } else {
+        let mut bytes = vec![0; size_of_request(part.read)];
+        bytes.iter_mut().zip(which.to_le_bytes()).for_each(|(byte, from)| *byte = from);
+        ask(fd, part.read, &mut bytes).map(|()| bytes)
+    };
+    let bytes = bytes.with_context(|| format!("reading {name} from KVM"))?;
     let words = bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)).collect();
     Ok(Words { name: name.into(), words })
 }
@@ -158,7 +170,8 @@ fn is_new(Words { name, words }: &Words) -> bool {
 
 fn set(fd: &impl AsRawFd, part: &Part, saved: &Words) -> Result<()> {
     let mut bytes: Vec<u8> = saved.words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    ask(fd, part.set, &mut bytes).with_context(|| format!("giving KVM {}", saved.name))
+    let given = if part.name == NESTED.name { set_nested(fd, &bytes) } else { ask(fd, part.set, &mut bytes) };
+    given.with_context(|| format!("giving KVM {}", saved.name))
 }
 
 /// KVM_GET_XSAVE and KVM_SET_XSAVE pass 4 KiB, where there is no more.
@@ -177,14 +190,23 @@ fn check_size(kvm: &Kvm) -> Result<(), Refusal> {
 pub fn save_cpu(kvm: &Kvm, fd: &VcpuFd, irqchip: Option<IrqChip>) -> Result<SavedCpu> {
     check_size(kvm)?;
     let sregs = fd.get_sregs().map_err(io::Error::from).context("KVM_GET_SREGS")?;
-    if sregs.cr4 & CR4_VMXE != 0 || sregs.efer & EFER_SVME != 0 {
-        return Err(refuse("the guest is a hypervisor itself, whose guests a snapshot does not hold yet").into());
+    if sregs.cr4 & CR4_VMXE != 0 {
+        return Err(
+            refuse("the guest is a hypervisor itself, by VMX, whose guests a snapshot does not hold yet").into()
+        );
     }
-    let there = |part: &&Part| part.name != LAPIC.name || irqchip != Some(IrqChip::None);
+    let there = |part: &&Part| match part.name {
+        name if name == LAPIC.name => irqchip != Some(IrqChip::None),
+        name if name == NESTED.name => sregs.efer & EFER_SVME != 0,
+        _ => true,
+    };
     let mut parts = CPU.iter().filter(there).map(|part| read(fd, part, part.name, 0)).collect::<Result<Vec<_>>>()?;
-    // It follows from others, KVM brings it up to date when it needs it, and it is no input of the other call.
-    let lapic = parts.iter_mut().find(|part| part.name == LAPIC.name);
-    lapic.and_then(|lapic| lapic.words.get_mut(PRIORITY)).into_iter().for_each(|word| *word = 0);
+    // The first follows from others, and KVM brings it up to date when it needs it; the second is among the debug registers
+    // too. Neither is an input of the other call.
+    for (name, at) in [(LAPIC.name, PRIORITY), (NESTED.name, OUTER_DR6)] {
+        let part = parts.iter_mut().find(|part| part.name == name);
+        part.and_then(|part| part.words.get_mut(at)).into_iter().for_each(|word| *word = 0);
+    }
     let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(io::Error::from).context("KVM_GET_CPUID2")?;
     let leaf = |e: &kvm_cpuid_entry2| [e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx];
     Ok(SavedCpu {
@@ -260,7 +282,7 @@ pub fn load_cpu(kvm: &Kvm, fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
             set_msrs(fd, msrs)?;
         }
         let Some(at) = left.iter().position(|words| words.name == part.name) else {
-            if part.name == LAPIC.name {
+            if part.name == LAPIC.name || part.name == NESTED.name {
                 continue;
             }
             bail!("a CPU's saved state has no {}", part.name);

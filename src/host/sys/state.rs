@@ -43,6 +43,52 @@ pub fn ask(fd: &impl AsRawFd, request: u64, bytes: &mut [u8]) -> io::Result<()> 
     }
 }
 
+/// What a guest's own guests are to KVM (`struct kvm_nested_state`, api.rst, KVM_GET_NESTED_STATE): a head that says how long all
+/// of it is, and what stands behind it.
+const NESTED: usize = 128;
+/// Where in the head that is; and the most that it is, which VMX has.
+const NESTED_SIZE: usize = 4;
+const NESTED_MOST: usize = NESTED + (2 << 12);
+
+/// Reads it.
+///
+/// # Errors
+/// KVM refuses.
+pub fn nested(fd: &impl AsRawFd) -> io::Result<Vec<u8>> {
+    const KVM_GET_NESTED_STATE: u64 = reads(0xbe, NESTED) | writes(0xbe, NESTED);
+    let mut bytes = vec![0; NESTED_MOST];
+    bytes.iter_mut().skip(NESTED_SIZE).zip((NESTED_MOST as u32).to_le_bytes()).for_each(|(byte, from)| *byte = from);
+    // SAFETY: the kernel writes no more than the head says that there is room for.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), KVM_GET_NESTED_STATE, bytes.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let size = nested_size(&bytes).ok_or(io::ErrorKind::InvalidData)?;
+    bytes.truncate(size);
+    Ok(bytes)
+}
+
+/// Sets it.
+///
+/// # Errors
+/// KVM refuses, or it is not as long as it says.
+pub fn set_nested(fd: &impl AsRawFd, bytes: &[u8]) -> io::Result<()> {
+    const KVM_SET_NESTED_STATE: u64 = writes(0xbf, NESTED);
+    if nested_size(bytes) != Some(bytes.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the kernel reads as many bytes as the head says, which is as many as there are.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), KVM_SET_NESTED_STATE, bytes.as_ptr()) } {
+        0.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// How long it says that it is, which is no more than there may be.
+fn nested_size(bytes: &[u8]) -> Option<usize> {
+    let size = u32::from_le_bytes(*bytes.get(NESTED_SIZE..)?.first_chunk()?) as usize;
+    (NESTED..=NESTED_MOST).contains(&size).then_some(size)
+}
+
 /// The numbers of all registers of a CPU whose KVM knows them by number (KVM_GET_REG_LIST, api.rst 4.84).
 ///
 /// # Errors
@@ -120,6 +166,14 @@ mod tests {
         assert!(ask(&null, 0x8090_ae81, &mut [0; 144]).is_err());
         // As api.rst has it: _IOWR(0xAE, 0xb0, 8).
         assert_eq!(register_list(&null).unwrap_err().raw_os_error(), Some(libc::ENOTTY));
+        // As long as it says, and no longer than it may be.
+        let said = |size: u32, there: usize| {
+            let mut bytes = vec![0; there];
+            bytes[4..8].copy_from_slice(&size.to_le_bytes());
+            set_nested(&null, &bytes).unwrap_err().raw_os_error()
+        };
+        assert_eq!((said(128, 128), said(8320, 8320)), (Some(libc::ENOTTY), Some(libc::ENOTTY)));
+        assert_eq!((said(129, 128), said(127, 127), said(8321, 8321), said(128, 129)), (None, None, None, None));
         // KVM_GET_MSRS writes behind its head.
         assert_eq!(ask(&null, reads(0x88, 8), &mut [0; 8]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
