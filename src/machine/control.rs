@@ -176,6 +176,11 @@ impl Control {
         self.writing.as_ref().is_some_and(Writing::holds)
     }
 
+    /// The machine is not to stand still for it any longer.
+    pub fn give_up(&self) {
+        self.writing.iter().for_each(Writing::give_up);
+    }
+
     /// Somebody wants the machine to stand still.
     pub fn is_paused(&self) -> bool {
         self.info.state == State::Paused

@@ -32,6 +32,8 @@ const FIRST_LOOK: Duration = Duration::from_millis(10);
 const LAST_LOOK: Duration = Duration::from_millis(200);
 /// The same for a machine that was stopped for a look, and could go on.
 const LONGEST_LOOK: Duration = Duration::from_secs(10);
+/// A machine that stood still for longer is looked at as if it had just begun.
+const LONG: Duration = Duration::from_millis(100);
 /// How long a kicked CPU is given to answer.
 const ANSWER: Duration = Duration::from_millis(5);
 /// A CPU that uses less than this part of the time is asked what it does: 5 %.
@@ -74,7 +76,8 @@ impl Machine<Running> {
             let ended = self.state.ended.clone();
             let machine = self.pause()?;
             let served = served?;
-            looks.after(&served, &machine.config);
+            looks.after(&served);
+            let stands = Instant::now();
             let end = match (served, ended.get()) {
                 (Served::End(end), _) if end != End::AllHalted => Some(end),
                 // A CPU may have ended the machine while it was being stopped.
@@ -82,6 +85,7 @@ impl Machine<Running> {
                 (served, None) => machine.see_to(served, &readiness, life, streams)?,
             };
             let Some(end) = end else {
+                looks.stood(stands.elapsed(), &machine.config);
                 self = machine.go_on(life, streams)?;
                 streams.control.is(State::Running);
                 continue;
@@ -264,6 +268,7 @@ impl Machine<Paused> {
                 if typed {
                     streams.tell_again();
                 }
+                life.stopping.goes_on();
                 return Ok(None);
             }
             let next = [life.deadline, life.telling.deadline(), streams.deadline(), streams.control.deadline()];
@@ -277,17 +282,17 @@ impl Machine<Paused> {
             if self.memory.broken().is_some() {
                 return Ok(Some(End::Lost));
             }
-            let goes_on = |end: &End| *end == End::Signal(sys::SIGTERM) && !paused && !self.stops(&life.stopping);
-            if ready.contains(&SIGNALS)
-                && let Some(Served::End(end)) = signal(life, streams, &self.memory)
-                && !goes_on(&end)
-            {
-                return Ok(Some(end));
-            }
+            let signal = ready.contains(&SIGNALS).then(|| signal(life, streams, &self.memory)).flatten();
             let asked = streams.control.serve(readiness, &ready, &life.telling, &self.memory)?;
-            let stop = End::Signal(sys::SIGTERM);
-            if asked.stop && !goes_on(&stop) {
-                return Ok(Some(stop));
+            let stop = asked.stop.then_some(End::Signal(sys::SIGTERM));
+            let end = if let Some(Served::End(end)) = signal { Some(end) } else { stop };
+            if let Some(end) = end {
+                let hears = end == End::Signal(sys::SIGTERM) && !paused && !self.stops(&life.stopping);
+                if !hears {
+                    return Ok(Some(end));
+                }
+                // It has to run to hear its power button.
+                streams.control.give_up();
             }
             if asked.count {
                 life.telling.start();
@@ -298,6 +303,8 @@ impl Machine<Paused> {
             let wish = streams.serve(readiness, &ready)?;
             typed |= wish.input;
             match wish.end {
+                // Who looks at RAM that is guarded may have to wait for it.
+                Some(Ended::Report) if streams.control.holds() => {}
                 Some(Ended::Report) => say(&self.scene(&life.last_exits(self.buses())).life()),
                 Some(ended) => return Ok(Some(ended.into())),
                 None => {}
@@ -313,10 +320,7 @@ impl Machine<Paused> {
             life.telling.tell_due(now);
             if let Some(state) = asked.state {
                 paused = state == State::Paused;
-                // It runs only once it does.
-                if paused {
-                    streams.control.is(state);
-                }
+                streams.control.is(state);
             }
         }
     }
@@ -374,6 +378,7 @@ enum Served {
 #[derive(Default)]
 pub struct Stopping {
     deadline: Cell<Option<Instant>>,
+    patience: Cell<Duration>,
     on: Cell<bool>,
     /// Until the deadline it shows whether the guest takes note of the button at all.
     asks: Cell<bool>,
@@ -382,8 +387,16 @@ pub struct Stopping {
 impl Stopping {
     fn begin(&self, patience: Duration, asks: bool) {
         self.deadline.set(Instant::now().checked_add(patience));
+        self.patience.set(patience);
         self.asks.set(asks);
         self.on.set(true);
+    }
+
+    /// A guest that has stood still has all its time before it again.
+    fn goes_on(&self) {
+        if self.is_on() {
+            self.begin(self.patience.get(), self.asks());
+        }
     }
 
     /// The guest was asked.
@@ -413,12 +426,16 @@ impl Looks {
     }
 
     /// The CPUs have stopped for this.
-    fn after(&mut self, served: &Served, config: &Config) {
-        match served {
-            Served::End(End::AllHalted) => self.pause = LONGEST_LOOK.min(self.pause * 4),
-            // Nobody stalls who stands still.
-            Served::Pause(_) | Served::Snapshot(_) => *self = Self::new(config),
-            _ => {}
+    fn after(&mut self, served: &Served) {
+        if let Served::End(End::AllHalted) = served {
+            self.pause = LONGEST_LOOK.min(self.pause * 4);
+        }
+    }
+
+    /// The machine has stood still for so long: nobody stalls who does.
+    fn stood(&mut self, time: Duration, config: &Config) {
+        if time > LONG {
+            *self = Self::new(config);
         }
     }
 

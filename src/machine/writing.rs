@@ -142,6 +142,11 @@ impl Writing {
         self.now.ring();
     }
 
+    /// It comes to nothing, unless it is complete.
+    pub fn give_up(&self) {
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+    }
+
     /// The machine is to stand still.
     pub fn holds(&self) -> bool {
         self.asked && !self.shared.frozen.load(Ordering::SeqCst)
@@ -180,7 +185,7 @@ impl Writing {
     }
 
     fn stop(&mut self) {
-        self.shared.cancelled.store(true, Ordering::Relaxed);
+        self.give_up();
         self.now.ring();
         let Some(worker) = self.worker.take() else { return };
         let end = Instant::now() + PATIENCE;

@@ -163,12 +163,16 @@ impl Taken {
     pub fn write(self, ram: Moment, target: &Target, cancelled: &AtomicBool) -> Result<Written> {
         let Self { guest, config, disks, state, mut copies } = self;
         let written = complete(target, cancelled, |folder| {
-            copies.made.iter().try_for_each(|(copy, path)| target.sync(copy, path))?;
+            let before = ram.base().cloned();
+            // First: a guest may wait for it.
+            let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
+            for (copy, path) in &copies.made {
+                check(cancelled)?;
+                target.sync(copy, path)?;
+            }
             if let Some(into) = &target.disks {
                 target.sync(&File::open(into).with_context(|| into.display().to_string())?, into)?;
             }
-            let before = ram.base().cloned();
-            let memory = ram.pour(&folder.join(MEMORY), target, cancelled)?;
             check(cancelled)?;
             let state = serde_json::to_vec(&state)?;
             let manifest = Manifest {

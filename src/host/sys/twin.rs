@@ -27,13 +27,17 @@ impl Twin {
     /// The host has no process or not as much memory left, or lets nobody look into another process's.
     pub fn new() -> io::Result<Self> {
         let parent = std::process::id();
+        // That of another namespace has other processes under these numbers.
+        if std::fs::read_link("/proc/self")? != *parent.to_string() {
+            return Err(io::Error::other("/proc is not that of this process"));
+        }
         // What handlers do is not for it.
         let before = super::mask_all()?;
         // One table of descriptors, until it has one of its own with nothing in it: a copy would keep files, locks and machines
         // that are closed here.
         let flags = libc::CLONE_FILES | libc::CLONE_FS;
         // SAFETY: without CLONE_VM it has memory of its own, so it can go on with this stack; and it never returns from here.
-        let process = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+        let process = unsafe { libc::syscall(libc::SYS_clone, i64::from(flags), 0_usize, 0_usize, 0_usize, 0_usize) };
         if process == 0 {
             stay(parent);
         }
@@ -66,6 +70,13 @@ fn stay(parent: u32) -> ! {
     }
     // SAFETY: a plain call. What fails leaves it with descriptors that are closed when they are closed here.
     unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, libc::CLOSE_RANGE_UNSHARE) };
+    // Where memory runs out it goes first, and the snapshot with it.
+    // SAFETY: the path ends with a zero.
+    let score = unsafe { libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    // SAFETY: as many bytes are there; where there is no such file, the call fails.
+    unsafe { libc::write(score, c"1000".as_ptr().cast(), 4) };
+    // SAFETY: it is open, or the call fails.
+    unsafe { libc::close(score) };
     loop {
         // SAFETY: a plain call; every signal but those that end it is blocked.
         unsafe { libc::pause() };
@@ -85,6 +96,8 @@ impl Drop for Process {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
@@ -107,7 +120,13 @@ mod tests {
         }
         assert!(twin.read(bytes.as_ptr().addr(), &mut back).is_ok());
         let of_it = format!("/proc/{}", twin._process.0);
-        while std::fs::read_dir(format!("{of_it}/fd")).unwrap().count() > 0 {
+        let (score, until) = (format!("{of_it}/oom_score_adj"), Instant::now() + Duration::from_secs(10));
+        let is_ready = || {
+            let open = std::fs::read_dir(format!("{of_it}/fd")).unwrap().count();
+            open == 0 && std::fs::read_to_string(&score).unwrap() == "1000\n"
+        };
+        while !is_ready() {
+            assert!(Instant::now() < until);
             std::thread::yield_now();
         }
         drop(twin);
