@@ -170,52 +170,35 @@ fn two_guests_on_a_bridge_send_each_other_a_stream() {
     right.leave("exit\n");
 }
 
-/// What `cargo xtask bench io --host` shows: the same program sends to the same server, in the guest and beside it.
+/// What `cargo xtask bench io --host` shows: the same iperf3 and the same server, from the guest and from beside it.
 #[test]
 fn a_card_beside_the_hosts_own_speed() {
-    const SIZE: usize = 32 << 20;
     if guest::kernel(KERNEL).is_none() || !common::root() {
         return;
     }
+    let Some(tools) = guest::tools() else { return };
     if !tap("bt6", "10.6.0.1") {
         return common::skipped("no tap interface can be made here");
     }
-    let server = TcpListener::bind("10.6.0.1:5006").unwrap();
-    let Some(mut shell) = shell("--net tap:bt6", NET) else { return };
+    let modules = format!("{NET} virtio_blk");
+    let Some(mut shell) = Shell::start(&format!("--memory 512M --net tap:bt6 {tools}"), &modules) else { return };
+    shell.run(guest::TOOLS);
     shell.run("ip addr add 10.6.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.6.0.1");
-    let out = format!("dd if=/dev/zero bs=64k count={} 2>/dev/null | nc 10.6.0.1 5006", SIZE >> 16);
-    let into = "nc 10.6.0.1 5006 >/dev/null";
-    let mut bytes = vec![0; SIZE];
-    // From the first byte to the last, and to the end that says that all has come.
-    let mut taken = || {
-        let (mut stream, start) = (accept_tcp(&server), Instant::now());
-        stream.read_exact(&mut bytes).unwrap();
-        (bytes.iter().all(|byte| *byte == 0), start.elapsed())
-    };
-    let given = || {
-        let (mut stream, start) = (accept_tcp(&server), Instant::now());
-        stream.write_all(&[0; SIZE]).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
-        start.elapsed()
-    };
-    // Its own input does not end before it does, as that of the guest's does not.
-    let beginning = |command: &str| Command::new("sh").args(["-c", command]).stdin(Stdio::piped()).spawn().unwrap();
-    let mut child = beginning(&out);
-    let (whole, own) = taken();
-    assert!(child.wait().unwrap().success() && whole);
-    shell.begin(&format!("{out}; echo all \\sent"));
-    let (whole, guests) = taken();
-    assert!(whole);
-    shell.until("all sent");
-    guest::beside("card on tap, a stream sent", SIZE as u64, own, guests);
-    let mut child = beginning(into);
-    let own = given();
-    assert!(child.wait().unwrap().success());
-    shell.begin(&format!("{into}; echo all \\come"));
-    let guests = given();
-    shell.until("all come");
-    guest::beside("the same, received", SIZE as u64, own, guests);
+    // Bits a second is in what the server has taken, or the client.
+    let rate =
+        "sed -n '/\"sum_received\"/,/}/s/.*\"bits_per_second\"[^0-9]*\\([0-9.e+]*\\).*/\\1/p' | awk '{ print $1 / 8 }'";
+    for (what, words) in [("sent", ""), ("received", "-R")] {
+        let command = format!("/tools/run iperf3 -c 10.6.0.1 -n 32M -J {words} | {rate}");
+        let mut server = Command::new("/tools/run");
+        server.args(["iperf3", "-s", "-B", "10.6.0.1"]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut server = server.spawn().unwrap();
+        soon(|| TcpStream::connect("10.6.0.1:5201").or(Err(ErrorKind::WouldBlock.into())));
+        let own = Command::new("busybox").args(["sh", "-c", &command]).output().unwrap();
+        let guests = shell.ask(&command);
+        server.kill().unwrap();
+        server.wait().unwrap();
+        guest::beside(&format!("card on tap, iperf3: {what}"), &String::from_utf8_lossy(&own.stdout), &guests);
+    }
     shell.leave("exit\n");
     assert!(sh("ip link del bt6 2>/dev/null || tunctl -d bt6"));
 }

@@ -52,9 +52,26 @@ pub fn note(text: &str) {
     let _ = std::io::stderr().write_all(format!("-- linux: {text}\n").as_bytes());
 }
 
-/// Shows a guest's speed beside that of its host.
-pub fn beside(what: &str, bytes: u64, own: Duration, guests: Duration) {
-    let rate = |took: Duration| bytes as f64 / took.as_secs_f64().max(1e-6) / f64::from(1 << 20);
+/// fio and iperf3, the same for a guest and beside it: the words of a disk that has them, which [`TOOLS`] takes from it.
+/// None where nobody has brought them.
+pub fn tools() -> Option<String> {
+    let Some(archive) = std::env::var_os("BANTAM_TOOLS").map(PathBuf::from) else {
+        common::skipped("only `cargo xtask bench io --host ARCH` brings fio and iperf3 along");
+        return None;
+    };
+    let have = format!("[ -e /tools ] || {{ mkdir /tools && tar xf {} -C /tools; }}", archive.display());
+    let had = Command::new("busybox").args(["sh", "-c", &have]).status().unwrap();
+    assert!(had.success());
+    Some(format!("--disk {},ro", archive.display()))
+}
+
+/// What a guest does to have them, of its last disk.
+pub const TOOLS: &str = "mkdir /tools && tar xf $(ls /dev/vd? | tail -n 1) -C /tools";
+
+/// Shows a guest's speed beside that of its host: bytes a second, as both print them.
+pub fn beside(what: &str, own: &str, guests: &str) {
+    let rate =
+        |text: &str| text.trim().parse::<f64>().unwrap_or_else(|_| panic!("{what}: {text:?}")) / f64::from(1 << 20);
     let (own, guests) = (rate(own), rate(guests));
     note(&format!("beside | {what} | {own:.0} | {guests:.0} | {:.2} |", guests / own));
 }

@@ -38,6 +38,14 @@ impl Arch {
         }
     }
 
+    /// The folder of its libraries in Debian.
+    pub fn libraries(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64-linux-gnu",
+            Self::Arm64 => "aarch64-linux-gnu",
+        }
+    }
+
     /// QEMU's program.
     pub fn qemu(self) -> &'static str {
         match self {

@@ -36,6 +36,9 @@ const FOLDER: &str = "tests";
 /// The files under tests/ whose guests are stock kernels.
 const NEED_KERNELS: [&str; 5] = ["disk", "linux", "net", "snapshot", "virtio"];
 
+/// An archive of programs that measure, for the tests that do nothing without (`cargo xtask bench io --host`).
+const TOOLS: &str = "BANTAM_TOOLS";
+
 /// What a soak tells its test, also the one in a host.
 const SOAK: [&str; 2] = ["BANTAM_SOAK_SEED", "BANTAM_SOAK_COUNT"];
 
@@ -62,6 +65,9 @@ pub fn run(arch: Arch, tests: &Tests, mut show: impl FnMut(&str)) -> Result<Stri
     files.push((format!("{FOLDER}/run.sh"), script));
     if tests.files.iter().any(|file| NEED_KERNELS.contains(&file.as_str())) {
         files.extend(linux::files(arch)?.into_iter().map(|(name, path)| (format!("{FOLDER}/kernels/{name}"), path)));
+    }
+    if let Some(tools) = std::env::var_os(TOOLS) {
+        files.push((format!("{FOLDER}/tools.tar"), tools.into()));
     }
     drop(preparing);
     let job = Job {
@@ -169,6 +175,9 @@ fn commands(programs: &[Program], filter: Option<&str>) -> String {
          export BANTAM_HOST_IS_TCG=1 BANTAM_SOAK_COUNT={CASES} BANTAM_KERNELS=/{FOLDER}/kernels\n\
          export PROPTEST_CASES={PROPERTY_CASES}\n"
     );
+    if std::env::var_os(TOOLS).is_some() {
+        text += &format!("export {TOOLS}=/{FOLDER}/tools.tar\n");
+    }
     for (name, value) in SOAK.iter().filter_map(|name| Some((name, std::env::var(name).ok()?))) {
         text += &format!("export {name}={}\n", host::quote(&value));
     }

@@ -5,13 +5,15 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 
 use super::{Series, about, calls, subject, value, verdict};
 use crate::arch::Arch;
+use crate::host::packages::{HOSTS, Set};
 use crate::sh;
 
 /// Words of `cargo xtask bench io`.
@@ -31,11 +33,44 @@ pub struct Words {
 /// Two tests say so.
 const BESIDE: &str = "beside_the_hosts_own_speed";
 
+/// Runs a program of the folder that it lies in, the same in a host and in a guest, which has no other libraries.
+const RUN: &str = "#!/bin/busybox sh
+cd /tools || exit 1
+lib=$(echo lib/*-linux-gnu) usr=$(echo usr/lib/*-linux-gnu) program=$1
+shift
+exec $lib/ld-linux-* --library-path $lib:$usr:$usr/ceph usr/bin/$program \"$@\"
+";
+
+/// fio and iperf3 and all that they need, as an archive.
+fn tools(arch: Arch) -> Result<PathBuf> {
+    let packages = ["fio", "iperf3", "zlib1g"].map(String::from).to_vec();
+    let set = Set { name: "measuring", suite: HOSTS, arch, packages, only: "lib", finish: |_| Ok(()) };
+    let (programs, folder) = (set.folder()?, sh::target().join("bench").join(arch.name()));
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let run = folder.join("run");
+    fs::write(&run, RUN).with_context(|| run.display().to_string())?;
+    fs::set_permissions(&run, PermissionsExt::from_mode(0o755))?;
+    let (tar, mut command) = (folder.join("tools.tar"), sh::program("tar", &["--owner=0", "--group=0", "-cf"]));
+    command
+        .arg(&tar)
+        .arg("-C")
+        .arg(&folder)
+        .arg("run")
+        .arg("-C")
+        .arg(&programs)
+        .args(["usr/bin/fio", "usr/bin/iperf3"]);
+    let libraries = ["lib", "usr/lib"].map(|lib| format!("{lib}/{}", arch.libraries()));
+    command.args(libraries.iter().filter(|lib| programs.join(lib).exists()));
+    sh::run(command)?;
+    Ok(tar)
+}
+
 /// Shows what those tests say.
 fn beside(arch: Arch) -> Result<ExitCode> {
     let itself = std::env::current_exe().context("this program")?;
     let mut test = Command::new(itself);
-    test.args(["test", "--only", arch.name(), BESIDE]).stdout(Stdio::null()).stderr(Stdio::piped());
+    test.args(["test", "--only", arch.name(), BESIDE]).env("BANTAM_TOOLS", tools(arch)?);
+    test.stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = test.spawn().context("cargo xtask test")?;
     let told = BufReader::new(child.stderr.take().context("no stderr")?);
     let mut rows = Vec::new();

@@ -30,7 +30,7 @@ pub struct Set {
     pub arch: Arch,
     /// The packages; the first one's version is in the folder's name.
     pub packages: Vec<String>,
-    /// Take from all that they depend on only what begins with this.
+    /// Take from all that they depend on only what begins with this; themselves always.
     pub only: &'static str,
     /// Put something more into the folder before it is complete.
     pub finish: fn(&Path) -> Result<()>,
@@ -172,7 +172,8 @@ impl Apt {
         let mut command = self.get("install", &["-qq", "--print-uris", "--no-install-recommends", "-t", self.suite]);
         command.args(packages);
         let list = sh::output(command)?;
-        let debs: Vec<_> = list.lines().filter_map(Deb::parse).filter(|deb| deb.package().starts_with(only)).collect();
+        let wanted = |deb: &Deb| deb.package().starts_with(only) || packages.iter().any(|name| name == deb.package());
+        let debs: Vec<_> = list.lines().filter_map(Deb::parse).filter(wanted).collect();
         if debs.is_empty() {
             bail!("apt-get offers nothing for {}", packages.join(" "));
         }
