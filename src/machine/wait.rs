@@ -263,21 +263,20 @@ impl Machine<Paused> {
     /// waits. While it is paused nobody is there to hear its power button; a snapshot takes no time that counts.
     fn stand(&self, readiness: &Readiness, life: &Life, streams: &mut Streams) -> Result<Option<End>> {
         let (mut ready, mut typed, mut paused) = (Vec::new(), false, streams.control.is_paused());
+        let mut pressed = false;
         loop {
             if !paused && !streams.control.holds() {
                 if typed {
                     streams.tell_again();
                 }
-                life.stopping.goes_on();
+                if pressed {
+                    life.stopping.goes_on();
+                }
                 return Ok(None);
             }
-            let next = [life.deadline, life.telling.deadline(), streams.deadline(), streams.control.deadline()];
-            let patience = next
-                .into_iter()
-                .chain([life.stopping.deadline()])
-                .flatten()
-                .min()
-                .map(|at| at.saturating_duration_since(Instant::now()));
+            let own = [life.deadline, life.stopping.deadline(), life.telling.deadline()];
+            let next = own.into_iter().chain([streams.deadline(), streams.control.deadline()]).flatten().min();
+            let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
             readiness.wait(patience, &mut ready).context("epoll")?;
             if self.memory.broken().is_some() {
                 return Ok(Some(End::Lost));
@@ -293,6 +292,7 @@ impl Machine<Paused> {
                 }
                 // It has to run to hear its power button.
                 streams.control.give_up();
+                pressed = true;
             }
             if asked.count {
                 life.telling.start();
@@ -392,11 +392,9 @@ impl Stopping {
         self.on.set(true);
     }
 
-    /// A guest that has stood still has all its time before it again.
+    /// A guest that stood still when its button was pressed has all its time before it.
     fn goes_on(&self) {
-        if self.is_on() {
-            self.begin(self.patience.get(), self.asks());
-        }
+        self.begin(self.patience.get(), self.asks());
     }
 
     /// The guest was asked.
