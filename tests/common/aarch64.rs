@@ -117,14 +117,15 @@ pub fn kept() -> Vec<String> {
     let all = [("KVM_CAP_ARM_PMU_V3", "pmu"), ("KVM_CAP_ARM_SVE", "sve")];
     let features: Vec<_> = all.into_iter().filter(has).map(|(_, word)| word).collect();
     let words = if features.is_empty() { String::new() } else { format!("--cpu-features {}", features.join(",")) };
-    vec![
-        "".into(),
-        "--irqchip none".into(),
-        "--cpus 2 --rng on".into(),
-        "--cpus 2 --msi none".into(),
-        "--memory 5G".into(),
-        words,
-    ]
+    let mut all = vec!["".into(), "--irqchip none".into(), "--cpus 2 --rng on".into(), "--memory 5G".into(), words];
+    // A host has what its own GIC allows.
+    if host.contains("GICv2") {
+        all.push("--gic 2 --cpus 2 --rng on".into());
+    }
+    if host.contains("GICv3") {
+        all.push("--cpus 2 --msi none".into());
+    }
+    all
 }
 /// A machine with devices on PCI, without these.
 pub const PCI: &str = "--cpus 2 --rng on --transport pci";

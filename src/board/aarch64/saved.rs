@@ -1,7 +1,7 @@
-//! What KVM emulates besides CPUs, read and set: a GICv3, its ITS, the guest's clock.
+//! What KVM emulates besides CPUs, read and set: a GIC of either version, its ITS, the guest's clock.
 //!
 //! The GIC's registers are read and set as the guest would, by their offsets, in blocks of one kind (KVM
-//! Documentation/virt/kvm/devices/arm-vgic-v3.rst and arm-vgic-its.rst). Invariants: what an interrupt is (its group, its kind,
+//! Documentation/virt/kvm/devices/arm-vgic-v3.rst, arm-vgic.rst and arm-vgic-its.rst). Invariants: what an interrupt is (its group, its kind,
 //! its CPU) is set before whether it waits. And what lies in tables in RAM is there for the ITS to find: its own are written
 //! before RAM is saved, and read once RAM is there.
 
@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::{
-    KVM_DEV_ARM_ITS_RESTORE_TABLES, KVM_DEV_ARM_ITS_SAVE_TABLES, KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS,
-    KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_DIST_REGS, KVM_DEV_ARM_VGIC_GRP_ITS_REGS,
-    KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES,
-    kvm_device_attr,
+    KVM_DEV_ARM_ITS_RESTORE_TABLES, KVM_DEV_ARM_ITS_SAVE_TABLES, KVM_DEV_ARM_VGIC_GRP_CPU_REGS,
+    KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_DIST_REGS,
+    KVM_DEV_ARM_VGIC_GRP_ITS_REGS, KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
+    KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, kvm_device_attr,
 };
 use kvm_ioctls::{DeviceFd, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,6 @@ use super::gic::{FIRST_SPI, INTERRUPTS};
 use crate::arch::{self, mpidr};
 use crate::board::Board;
 use crate::config::{Gic, IrqChip};
-use crate::error::refuse;
 use crate::vm::{Vm, device_double, device_word};
 
 /// Registers of one kind, one behind the other: the first one's offset, how many there are.
@@ -42,7 +41,14 @@ enum Kind {
     /// Bits that are set by ones here, and cleared by ones in the registers 0x80 bytes on (IHI 0069, 12.9: GICD_ISENABLER and
     /// GICD_ICENABLER).
     Switches,
+    /// Also where it is so already: that it is said allows more.
+    Always,
+    /// Without what software has sent: a GICv2 tells that together with who has.
+    ByWires,
 }
+
+/// Interrupts that software sends, in a register with a bit for each of a CPU's own.
+const SENT: u64 = 0xffff;
 
 const fn block(name: &'static str, group: u32, first: u64, count: u64) -> Block {
     Block { name, group, first, count, kind: Kind::Plain }
@@ -52,6 +58,11 @@ const fn switches(name: &'static str, group: u32, first: u64, count: u64) -> Blo
     Block { name, group, first, count, kind: Kind::Switches }
 }
 
+const fn kept(kind: Kind, name: &'static str, first: u64) -> Block {
+    Block { kind, ..block(name, DISTRIBUTOR, first, 1) }
+}
+
+const INTERFACE: u32 = KVM_DEV_ARM_VGIC_GRP_CPU_REGS;
 const DISTRIBUTOR: u32 = KVM_DEV_ARM_VGIC_GRP_DIST_REGS;
 const REDISTRIBUTOR: u32 = KVM_DEV_ARM_VGIC_GRP_REDIST_REGS;
 const SYSTEM: u32 = KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS;
@@ -79,6 +90,35 @@ const OF_ALL: [Block; 10] = [
     shared("GICD_ISACTIVER", 0x300, 1),
     switches("GICD_ISENABLER", DISTRIBUTOR, 0x100 + FIRST / 8, SHARED / 32),
     block("GICD_CTLR", DISTRIBUTOR, 0, 1),
+];
+
+/// The same of a GICv2 (IHI 0048, 4.3). KVM lets nobody set groups who has not told it the first.
+const OF_ALL_2: [Block; 9] = [
+    kept(Kind::Always, "GICD_IIDR", 8),
+    shared("GICD_ITARGETSR", 0x800, 8),
+    shared("GICD_IGROUPR", 0x80, 1),
+    shared("GICD_ICFGR", 0xc00, 2),
+    shared("GICD_IPRIORITYR", 0x400, 8),
+    shared("GICD_ISPENDR", 0x200, 1),
+    shared("GICD_ISACTIVER", 0x300, 1),
+    switches("GICD_ISENABLER", DISTRIBUTOR, 0x100 + FIRST / 8, SHARED / 32),
+    block("GICD_CTLR", DISTRIBUTOR, 0, 1),
+];
+
+/// Of each of its CPUs: what the distributor has of its own, and its interface (4.4).
+const OF_A_CPU_2: [Block; 12] = [
+    block("GICD_IGROUPR0", DISTRIBUTOR, 0x80, 1),
+    block("GICD_ICFGR", DISTRIBUTOR, 0xc00, 2),
+    block("GICD_IPRIORITYR", DISTRIBUTOR, 0x400, 8),
+    kept(Kind::ByWires, "GICD_ISPENDR0", 0x200),
+    block("GICD_SPENDSGIR", DISTRIBUTOR, 0xf20, 4),
+    block("GICD_ISACTIVER0", DISTRIBUTOR, 0x300, 1),
+    switches("GICD_ISENABLER0", DISTRIBUTOR, 0x100, 1),
+    block("GICC_CTLR", INTERFACE, 0, 1),
+    block("GICC_PMR", INTERFACE, 4, 1),
+    block("GICC_BPR", INTERFACE, 8, 1),
+    block("GICC_ABPR", INTERFACE, 0x1c, 1),
+    block("GICC_APR", INTERFACE, 0xd0, 4),
 ];
 
 /// Of a redistributor: the frame of the interrupts that are its CPU's own.
@@ -196,7 +236,8 @@ impl Block {
     }
 
     fn save(&self, device: &DeviceFd, cpu: u32) -> Result<Registers> {
-        let all = (0..self.count).map(|index| self.get(device, self.attribute(cpu, index)));
+        let wires = |value| if self.kind == Kind::ByWires { value & !SENT } else { value };
+        let all = (0..self.count).map(|index| self.get(device, self.attribute(cpu, index)).map(wires));
         Ok(Registers { name: self.name.into(), values: all.collect::<Result<_>>()? })
     }
 
@@ -204,7 +245,7 @@ impl Block {
         for (index, value) in (0..).zip(&saved.values) {
             let at = self.attribute(cpu, index);
             // Some only say how this KVM is, and some are not left as they are set.
-            if self.get(device, at)? == *value {
+            if self.kind != Kind::Always && self.get(device, at)? == *value {
                 continue;
             }
             let told = || format!("this host's KVM cannot have {value:#x} in {}", self.name);
@@ -259,7 +300,22 @@ fn order(device: &DeviceFd, what: u32, told: &'static str) -> Result<()> {
 }
 
 impl SavedGic {
-    /// Reads all of it; what is in tables of the guest's is written to them.
+    /// Reads all of a GICv2.
+    fn save_2(gic: &DeviceFd, cpus: u32) -> Result<Self> {
+        let cpus = (0..cpus).map(|cpu| save_all(gic, cpu, &OF_A_CPU_2)).collect::<Result<_>>()?;
+        Ok(Self { distributor: save_all(gic, 0, &OF_ALL_2)?, cpus, its: None })
+    }
+
+    fn load_2(&self, gic: &DeviceFd, cpus: u32) -> Result<()> {
+        let Self { distributor, cpus: own, its } = self;
+        ensure!(own.len() == cpus as usize, "the saved interrupt controller is that of {} CPUs", own.len());
+        ensure!(its.is_none(), "a GICv2 has no ITS, and the state has one");
+        // Whether groups can be set is said first, that it works at the end; neither is of use to a CPU before.
+        load_all(gic, 0, &OF_ALL_2, distributor)?;
+        (0..).zip(own).try_for_each(|(cpu, saved)| load_all(gic, cpu, &OF_A_CPU_2, saved))
+    }
+
+    /// Reads all of a GICv3; what is in tables of the guest's is written to them.
     fn save(gic: &DeviceFd, its: Option<&DeviceFd>, cpus: u32) -> Result<Self> {
         if let Some(its) = its {
             order(its, KVM_DEV_ARM_ITS_SAVE_TABLES, "writing the tables of the ITS")?;
@@ -304,13 +360,14 @@ impl SavedGic {
 /// Reads the state of what KVM emulates besides CPUs. That of message interrupts is in tables in RAM, which are written here.
 ///
 /// # Errors
-/// KVM refuses, a table of the guest's is where no RAM is, or the machine has a GICv2.
+/// KVM refuses, or a table of the guest's is where no RAM is.
 pub fn save_vm(vm: &Vm, cpus: &[&VcpuFd], board: &Board, irqchip: Option<IrqChip>) -> Result<SavedVm> {
-    let chip = &board.irqchip;
-    if chip.version == Some(Gic::V2) {
-        return Err(refuse("--gic 2: a snapshot does not hold the state of a GICv2").into());
-    }
-    let gic = chip.gic.as_ref().map(|gic| SavedGic::save(gic, chip.its.as_ref(), cpus.len() as u32)).transpose()?;
+    let (chip, count) = (&board.irqchip, cpus.len() as u32);
+    let save = |gic| match chip.version {
+        Some(Gic::V2) => SavedGic::save_2(gic, count),
+        _ => SavedGic::save(gic, chip.its.as_ref(), count),
+    };
+    let gic = chip.gic.as_ref().map(save).transpose()?;
     Ok(SavedVm { gic, clock: arch::save_vm(vm.fd(), cpus, irqchip)? })
 }
 
@@ -324,6 +381,7 @@ pub fn load_vm(vm: &Vm, cpus: &[&VcpuFd], board: &Board, (saved, _passed): (&Sav
     let (SavedVm { clock, gic: saved }, chip) = (saved, &board.irqchip);
     match (&chip.gic, saved) {
         (None, None) => {}
+        (Some(gic), Some(saved)) if chip.version == Some(Gic::V2) => saved.load_2(gic, cpus.len() as u32)?,
         (Some(gic), Some(saved)) => saved.load(gic, chip.its.as_ref(), cpus.len() as u32)?,
         _ => bail!("one of the machine and the state has an interrupt controller, and the other has not"),
     }

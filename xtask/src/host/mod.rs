@@ -201,6 +201,10 @@ fn command(arch: Arch, job: &Job, tools: &Path, folder: &Path) -> Result<Command
         // The last one counts.
         command.arg("-cpu").arg(model);
     }
+    if let Some(options) = std::env::var_os("BANTAM_HOST_MACHINE") {
+        // The rest stays as it is.
+        command.arg("-machine").arg(options);
+    }
     command.args(["-smp", &job.cpus.to_string(), "-m", &job.memory.to_string()]);
     let console = folder.join("console.log").display().to_string().replace(',', ",,");
     command.args(["-serial", &format!("file:{console}")]);
