@@ -77,7 +77,7 @@ impl Machine<Running> {
             let machine = self.pause()?;
             let served = served?;
             looks.after(&served);
-            let stands = Instant::now();
+            let stands = matches!(served, Served::Pause(_) | Served::Snapshot(_)).then(Instant::now);
             let end = match (served, ended.get()) {
                 (Served::End(end), _) if end != End::AllHalted => Some(end),
                 // A CPU may have ended the machine while it was being stopped.
@@ -85,7 +85,10 @@ impl Machine<Running> {
                 (served, None) => machine.see_to(served, &readiness, life, streams)?,
             };
             let Some(end) = end else {
-                looks.stood(stands.elapsed(), &machine.config);
+                if stands.is_some_and(|since| since.elapsed() > LONG) {
+                    // Nobody stalls who stands still.
+                    looks = Looks::new(&machine.config);
+                }
                 self = machine.go_on(life, streams)?;
                 streams.control.is(State::Running);
                 continue;
@@ -260,21 +263,19 @@ impl Machine<Paused> {
     }
 
     /// Serves a machine that stands still, until nobody wants that any more, and no snapshot, or it is to end. What is typed
-    /// waits. While it is paused nobody is there to hear its power button; a snapshot takes no time that counts.
+    /// waits. While it is paused nobody is there to hear its power button; while a snapshot holds it no time passes for that.
     fn stand(&self, readiness: &Readiness, life: &Life, streams: &mut Streams) -> Result<Option<End>> {
         let (mut ready, mut typed, mut paused) = (Vec::new(), false, streams.control.is_paused());
-        let mut pressed = false;
+        let begun = Instant::now();
         loop {
             if !paused && !streams.control.holds() {
                 if typed {
                     streams.tell_again();
                 }
-                if pressed {
-                    life.stopping.goes_on();
-                }
+                life.stopping.stood(begun.elapsed());
                 return Ok(None);
             }
-            let own = [life.deadline, life.stopping.deadline(), life.telling.deadline()];
+            let own = [life.deadline, life.telling.deadline(), life.stopping.deadline().filter(|_| paused)];
             let next = own.into_iter().chain([streams.deadline(), streams.control.deadline()]).flatten().min();
             let patience = next.map(|at| at.saturating_duration_since(Instant::now()));
             readiness.wait(patience, &mut ready).context("epoll")?;
@@ -292,7 +293,6 @@ impl Machine<Paused> {
                 }
                 // It has to run to hear its power button.
                 streams.control.give_up();
-                pressed = true;
             }
             if asked.count {
                 life.telling.start();
@@ -314,7 +314,7 @@ impl Machine<Paused> {
                 return Ok(Some(End::Timeout));
             }
             // Its power button was pressed before it was paused.
-            if life.stopping.deadline().is_some_and(|at| at <= now) && (paused || self.is_deaf(&life.stopping)) {
+            if paused && life.stopping.deadline().is_some_and(|at| at <= now) {
                 return Ok(Some(End::Signal(sys::SIGTERM)));
             }
             life.telling.tell_due(now);
@@ -378,7 +378,6 @@ enum Served {
 #[derive(Default)]
 pub struct Stopping {
     deadline: Cell<Option<Instant>>,
-    patience: Cell<Duration>,
     on: Cell<bool>,
     /// Until the deadline it shows whether the guest takes note of the button at all.
     asks: Cell<bool>,
@@ -387,14 +386,13 @@ pub struct Stopping {
 impl Stopping {
     fn begin(&self, patience: Duration, asks: bool) {
         self.deadline.set(Instant::now().checked_add(patience));
-        self.patience.set(patience);
         self.asks.set(asks);
         self.on.set(true);
     }
 
-    /// A guest that stood still when its button was pressed has all its time before it.
-    fn goes_on(&self) {
-        self.begin(self.patience.get(), self.asks());
+    /// The guest has stood still for so long, and could do nothing.
+    fn stood(&self, time: Duration) {
+        self.deadline.set(self.deadline().and_then(|at| at.checked_add(time)));
     }
 
     /// The guest was asked.
@@ -427,13 +425,6 @@ impl Looks {
     fn after(&mut self, served: &Served) {
         if let Served::End(End::AllHalted) = served {
             self.pause = LONGEST_LOOK.min(self.pause * 4);
-        }
-    }
-
-    /// The machine has stood still for so long: nobody stalls who does.
-    fn stood(&mut self, time: Duration, config: &Config) {
-        if time > LONG {
-            *self = Self::new(config);
         }
     }
 
@@ -482,7 +473,8 @@ fn signal(life: &Life, streams: &Streams, memory: &Memory) -> Option<Served> {
 
 /// Finds a machine whose CPUs are all halted with interrupts off. A CPU that halts inside KVM makes no exit; so one
 /// that has hardly used CPU time since the last look is kicked and looks at itself. (Hardly: a timer that nobody hears
-/// still wakes its thread for some microseconds.) One that has used none since its answer is left alone.
+/// still wakes its thread for some microseconds.) One that has used none since its answer was seen is left alone, but not for
+/// ever: it may have answered, and then halted for good, before that was seen.
 ///
 /// Where a guest can be lost without an exit, busy CPUs look at themselves too, five times a second.
 ///
@@ -564,15 +556,46 @@ impl Watched<'_> {
             (Some(now), Some(before)) => now.saturating_sub(before),
             _ => Duration::MAX,
         };
-        match (self.state, self.lent.flag.seen()) {
+        let answer = self.lent.flag.seen();
+        match self.state.then(answer, spent < since / IDLE_SHARE, (spent.is_zero(), self.asked.elapsed())) {
+            Some(state) => self.state = state,
+            None => self.ask(),
+        }
+    }
+}
+
+impl Seen {
+    /// What a CPU is at the next look, which `rests` now, or does nothing at all and was asked so long ago; none where it is to
+    /// be asked.
+    fn then(self, answer: Idle, rests: bool, (nothing, asked): (bool, Duration)) -> Option<Self> {
+        match (self, answer) {
             // The kick may have been refused.
-            (Seen::Asked, Idle::Unknown) if self.asked.elapsed() >= LAST_LOOK => self.ask(),
-            (Seen::Asked, Idle::Unknown) => {}
-            (Seen::Asked, seen) => self.state = Seen::Is(seen),
-            (Seen::Is(_), _) if spent.is_zero() => {}
-            _ if spent < since / IDLE_SHARE => self.ask(),
-            _ if arch::CAN_BE_LOST && self.asked.elapsed() >= LAST_LOOK => self.ask(),
-            _ => self.state = Seen::Busy,
+            (Self::Asked, Idle::Unknown) => (asked < LAST_LOOK).then_some(self),
+            (Self::Asked, seen) => Some(Self::Is(seen)),
+            (Self::Is(_), _) if nothing && asked < LONGEST_LOOK => Some(self),
+            _ if rests || arch::CAN_BE_LOST && asked >= LAST_LOOK => None,
+            _ => Some(Self::Busy),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_answered_before_it_halted_is_asked_again() {
+        let (soon, late) = (Duration::from_millis(5), LONGEST_LOOK);
+        let is = |idle| Seen::Is(idle);
+        assert_eq!(Seen::Busy.then(Idle::Unknown, true, (true, soon)), None);
+        assert_eq!(Seen::Asked.then(Idle::Unknown, true, (true, soon)), Some(Seen::Asked));
+        assert_eq!(Seen::Asked.then(Idle::Unknown, true, (true, LAST_LOOK)), None);
+        assert_eq!(Seen::Asked.then(Idle::No, true, (false, soon)), Some(is(Idle::No)));
+        for idle in [Idle::No, Idle::ForGood] {
+            assert_eq!(is(idle).then(idle, true, (true, soon)), Some(is(idle)));
+            assert_eq!(is(idle).then(idle, true, (true, late)), None);
+            assert_eq!(is(idle).then(idle, true, (false, soon)), None);
+            assert_eq!(is(idle).then(idle, false, (false, soon)), Some(Seen::Busy));
         }
     }
 }
