@@ -277,6 +277,8 @@ pub fn load_cpu(kvm: &Kvm, fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
     let mut left: Vec<&Words> = parts.iter().collect();
     // CPUs with a local APIC wait to be started.
     let starts = left.iter().any(|words| words.name == LAPIC.name);
+    // And of one with guests of its own it is not known what events there are.
+    let guests = left.iter().any(|words| words.name == NESTED.name);
     for part in &CPU {
         if part.name == EVENTS.name {
             set_msrs(fd, msrs)?;
@@ -288,8 +290,13 @@ pub fn load_cpu(kvm: &Kvm, fd: &VcpuFd, saved: &SavedCpu) -> Result<()> {
             bail!("a CPU's saved state has no {}", part.name);
         };
         let words = left.remove(at);
+        let odd = match part.name {
+            name if name == MP_STATE => starts,
+            name if name == EVENTS.name => guests,
+            _ => false,
+        };
         // Each call counts in the life of a small machine.
-        if !(is_new(words) && (words.name != MP_STATE || !starts)) {
+        if odd || !is_new(words) {
             set(fd, part, words)?;
         }
     }
