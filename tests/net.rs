@@ -185,14 +185,14 @@ fn a_card_beside_the_hosts_own_speed() {
     shell.run(guest::TOOLS);
     shell.run("ip addr add 10.6.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 10.6.0.1");
     // Bits a second is in what the server has taken, or the client.
-    let rate =
-        "sed -n '/\"sum_received\"/,/}/s/.*\"bits_per_second\"[^0-9]*\\([0-9.e+]*\\).*/\\1/p' | awk '{ print $1 / 8 }'";
+    let rate = "sed -n '/\"sum_received\"/,/}/s/.*\"bits_per_second\"[^0-9]*\\([0-9.e+]*\\).*/\\1/p' /tmp/told | awk '{ print $1 / 8 }'";
     for (what, words) in [("sent", ""), ("received", "-R")] {
-        let command = format!("/tools/run iperf3 -c 10.6.0.1 -n 32M -J {words} | {rate}");
+        // The server may not be there yet.
+        let client = format!("/tools/run iperf3 -c 10.6.0.1 -n 32M -J {words} >/tmp/told");
+        let command = format!("for n in 1 2 3 4 5 6 7 8 9; do {client} && break; sleep 1; done; {rate}");
         let mut server = Command::new("/tools/run");
         server.args(["iperf3", "-s", "-B", "10.6.0.1"]).stdout(Stdio::null()).stderr(Stdio::null());
         let mut server = server.spawn().unwrap();
-        soon(|| TcpStream::connect("10.6.0.1:5201").or(Err(ErrorKind::WouldBlock.into())));
         let own = Command::new("busybox").args(["sh", "-c", &command]).output().unwrap();
         let guests = shell.ask(&command);
         server.kill().unwrap();

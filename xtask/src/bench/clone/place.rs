@@ -35,6 +35,14 @@ impl Live {
     }
 }
 
+impl Drop for Live {
+    /// None is left of a measurement that fails.
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 impl Place {
     /// Builds the programs.
     pub fn new(runs: u32) -> Result<Self> {
