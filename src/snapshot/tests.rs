@@ -69,7 +69,16 @@ fn at(path: &Path) -> Target {
 
 fn write(target: &Target, guest: &str, config: &Config, state: &State, memory: &Memory) -> Result<Written> {
     let never = std::sync::atomic::AtomicBool::new(false);
-    Taken::new(guest, config.clone(), state.clone())?.write(Moment::still(memory), target, &never)
+    let written = Taken::new(guest, config.clone(), state.clone())?.write(Moment::still(memory), target, &never)?;
+    settled(&target.path);
+    Ok(written)
+}
+
+/// A process that another test starts has what this one had open for a moment longer, to write to it.
+fn settled(path: &Path) {
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    let is_open = || Snapshot::open(path, MAP).err().is_some_and(|e| e.to_string().contains("somebody has it open"));
+    while is_open() && std::time::Instant::now() < until {}
 }
 
 /// A folder with a snapshot in it.
@@ -143,6 +152,7 @@ fn what_is_written_is_what_was_there_at_the_moment() {
             taken.write(moment, &at(&again), &never).unwrap();
             writer.join().unwrap();
         }
+        settled(&again);
         assert!(all(&Snapshot::open(&again, MAP).unwrap().memory(&spans(), bell).unwrap()) == before);
         assert!(all(&memory) != before);
         std::fs::remove_dir_all(again).unwrap();

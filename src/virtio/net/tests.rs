@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -197,8 +197,16 @@ fn wrapped(frame: &[u8]) -> Vec<u8> {
     [&(frame.len() as u32).to_be_bytes()[..], frame].concat()
 }
 
+/// A process that is being started has for a moment what this one had open: who looks whether a peer is gone waits for it.
+static STARTING: RwLock<()> = RwLock::new(());
+
+fn nobody_starts() -> RwLockReadGuard<'static, ()> {
+    STARTING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[test]
 fn two_cards_are_joined_by_a_socket() {
+    let _nobody = nobody_starts();
     let (_folder, path, mut left) = listening();
     assert_eq!((left.device.space()[6], &left.device.space()[10..]), (0, &9000u16.to_le_bytes()[..]));
     // While nobody is there frames are lost.
@@ -229,6 +237,7 @@ fn two_cards_are_joined_by_a_socket() {
 
 #[test]
 fn p39_a_peer_that_leaves_is_missed_once_all_that_it_said_was_heard() {
+    let _nobody = nobody_starts();
     let (_folder, path, mut rig) = listening();
     (0..6).for_each(|_| _ = rig.drivers[RX].add(&[], &[2048]));
     // It leaves before anybody looks, or after: then there is another event.
@@ -323,6 +332,7 @@ impl Drop for Interface {
 }
 
 fn ip(words: &str) -> bool {
+    let _alone = STARTING.write().unwrap_or_else(PoisonError::into_inner);
     let status = std::process::Command::new("ip").args(words.split(' ')).output();
     status.is_ok_and(|output| output.status.success())
 }

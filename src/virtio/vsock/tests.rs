@@ -141,8 +141,9 @@ fn read(stream: &mut UnixStream, size: usize) -> Vec<u8> {
 }
 
 /// Nothing comes any more: the other end was closed, and not only forgotten.
+/// Soon: a process that another test starts has what this one had open for a moment longer.
 fn is_closed(stream: &mut UnixStream) -> bool {
-    stream.set_nonblocking(true).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
     match stream.read(&mut [0; 16]) {
         Ok(count) => count == 0,
         Err(e) => e.kind() == ErrorKind::ConnectionReset,
